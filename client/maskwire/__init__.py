@@ -6,7 +6,7 @@
         result = trainer.train_step(tokens)
 
 The client does not need torch. `maskwire.aio` is the asyncio client, `maskwire.data` reads and prepares data,
-and `maskwire.errors` has the errors.
+and `maskwire.errors` defines the exceptions.
 """
 
 from typing import TYPE_CHECKING, Any

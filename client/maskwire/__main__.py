@@ -1,4 +1,4 @@
-"""The command `maskwire`, also as `python -m maskwire`."""
+"""The command `maskwire`, which `python -m maskwire` also runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from maskwire import standard_streams
 
 
 def main() -> None:
-    """Entry point."""
-    # These handlers serve until the command is imported, which takes half a second, and installs its own.
+    """Run the command `maskwire`, and exit with its exit code."""
+    # Importing the command takes half a second. These handlers serve until the command installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    # grpc reads this when it is imported. Its core would log what the command's errors say already.
+    # grpc reads this variable when it is imported. Its core would otherwise log errors that the command
+    # reports itself.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     standard_streams.protect()
     from maskwire.cli import exit_codes

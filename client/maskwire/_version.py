@@ -1,3 +1,3 @@
-"""The distribution's version."""
+"""The version of the package `maskwire`."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The asyncio client: the calls of `maskwire.client`, awaited, over the same protocol.
+"""The asyncio client: the calls of `maskwire.client` as coroutines, over the same protocol.
 
 async with await maskwire.aio.connect("127.0.0.1:50051") as trainer:
     result = await trainer.train_step(tokens)
@@ -90,10 +90,10 @@ def attach(
 
 @refuse_unknown_keywords
 class Client(Driver):
-    """The calls that need no session. Made by `attach`.
+    """The asyncio client for the calls that need no session, made by `attach`.
 
-    It may be made before an event loop runs, and belongs to the loop that uses it first: EventLoopError in
-    another loop, ForkError in a forked child.
+    It may be made before an event loop runs, and belongs to the first event loop that uses it. Its calls
+    raise EventLoopError in another loop, and ForkError in a forked child process.
     """
 
     eval_loss = awaited(Calls.eval_loss)
@@ -132,7 +132,7 @@ class Client(Driver):
 def _fitting(
     method: Callable[Concatenate[Any, P], Fitting[T]],
 ) -> Callable[Concatenate[Trainer, P], Coroutine[Any, Any, T]]:
-    """Turn a training loop into a coroutine method."""
+    """Turn a training loop, a generator of actions, into a coroutine method that performs them."""
 
     @keep_signature(method)
     async def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -143,9 +143,10 @@ def _fitting(
 
 @refuse_unknown_keywords
 class Trainer(TrainerProperties, Client):
-    """Drives one run. Made by `connect`; leaving `async with` closes it.
+    """The asyncio client that trains one run, made by `connect`. Leaving its `async with` block closes it.
 
-    A step whose task is cancelled stays in flight, and the next one has the next number.
+    If a task is cancelled while it awaits the result of a step, the step stays in flight, and the next step
+    gets the next number.
     """
 
     def __init__(self, endpoint: Endpoint, writer: Writer) -> None:
@@ -194,12 +195,15 @@ class Trainer(TrainerProperties, Client):
             await self.close()
         else:
             # After an exception, wait only briefly: the server may be down. Ctrl-C and timeouts cancel
-            # the task, and `fit` leaves its steps to this method: wait longer for those while the server
-            # answers.
+            # the task, and `fit` then leaves its steps in flight to this method: wait longer for those
+            # steps while the server answers.
             await self._close(EXIT_GRACE if issubclass(kind, Exception) else CANCEL_GRACE, patient=False)
 
     async def _close(self, grace: float | None, *, patient: bool) -> None:
-        """End the session and the connection; wait for an unreachable server only if `patient`."""
+        """Wait for the steps in flight, at most `grace` seconds; then end the session and the connection.
+
+        If the server is unreachable, the steps are awaited only if `patient`.
+        """
         if self._inherited or self._writer.closed:
             return
         self._enter()
@@ -228,7 +232,7 @@ class Trainer(TrainerProperties, Client):
             await asyncio.wait(self._running)
 
     def _start(self, operation: Operation[T]) -> asyncio.Future[T]:
-        """Drive an operation in a task that continues when the caller is cancelled."""
+        """Perform an operation in a task that continues if the caller is cancelled; return its future."""
         task = asyncio.create_task(self._finish(operation))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -237,12 +241,12 @@ class Trainer(TrainerProperties, Client):
         return answer
 
     def _forget_if_closed(self, answer: asyncio.Future[Any]) -> None:
-        """Keep asyncio from logging the error of an answer that `close` ended and no caller awaits."""
+        """Once the client is closed, keep asyncio from logging an error of `answer` that nobody awaits."""
         if self._closed and not answer.cancelled():
             answer.exception()
 
     async def _finish(self, operation: Operation[T]) -> T:
-        """Drive an operation. Raises UnavailableError if `close` ends it."""
+        """Perform an operation and return its result. Raises UnavailableError if `close` cancels it."""
         try:
             return await self._drive(operation)
         except asyncio.CancelledError:
@@ -251,7 +255,7 @@ class Trainer(TrainerProperties, Client):
             raise
 
     async def _run_fit(self, fitting: Fitting[T]) -> T:
-        """Perform the actions of a training loop until it returns."""
+        """Perform the actions that a training loop yields, and return the result of the loop."""
         reply: Any = None
         raised: BaseException | None = None
         while True:

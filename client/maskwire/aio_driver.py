@@ -1,4 +1,7 @@
-"""The asyncio driver: performs the effects of operations in an event loop."""
+"""The asyncio driver: performs the effects of operations in an event loop.
+
+An operation is a generator that yields effects, such as calls to the server; see `maskwire.protocol.effects`.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,9 @@ T = TypeVar("T")
 
 
 class Driver(ProcessBound):
-    """A connection, and the code that performs operations over it.
+    """A connection to a server, and the code that performs operations over it.
 
-    Belongs to the first event loop that uses it.
+    It belongs to the first event loop that uses it.
     """
 
     def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
@@ -52,7 +55,7 @@ class Driver(ProcessBound):
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     def _enter(self) -> None:
-        """Connect in the first event loop that calls this. Raises EventLoopError in any other."""
+        """Connect on the first call. Raises EventLoopError if a later call is in another event loop."""
         self._check_process()
         loop = asyncio.get_running_loop()
         if self._loop is None:
@@ -63,13 +66,13 @@ class Driver(ProcessBound):
             state = "which has ended" if self._loop.is_closed() else "which still runs"
             raise EventLoopError(
                 f"this {type(self).__name__} belongs to the event loop that used it first, {state}, and "
-                "gRPC cannot move it to another: make a client in each loop (maskwire.aio.attach or "
-                "connect), or do everything in one asyncio.run",
+                "gRPC cannot move it to another loop: make a client in each loop with maskwire.aio.attach or "
+                "maskwire.aio.connect, or make all calls in one asyncio.run",
                 reason="OTHER_EVENT_LOOP",
             )
 
     async def _drive(self, operation: Operation[T]) -> T:
-        """Perform an operation's effects until it returns."""
+        """Perform the effects that an operation yields, and return the result of the operation."""
         self._enter()
         effect: Effect | None = None
         try:
@@ -88,7 +91,7 @@ class Driver(ProcessBound):
             raise
 
     async def _iterate(self, operation: Operation[Any]) -> AsyncIterator[Any]:
-        """Yield what an operation emits."""
+        """Perform an operation, and yield the values that it emits."""
         self._enter()
         effect: Effect | None = None
         stream: Receive | None = None
@@ -107,7 +110,7 @@ class Driver(ProcessBound):
             self._end(operation, stream)
 
     def _advance(self, operation: Operation[Any], reply: Any) -> Effect:
-        """Run an operation up to its next effect."""
+        """Send `reply` to an operation, run it up to its next effect, and return that effect."""
         self._check_process()  # a callback, or the reader of an iterator, may have forked
         try:
             return operation.send(reply)
@@ -115,7 +118,7 @@ class Driver(ProcessBound):
             self._wake()
 
     async def _wait(self, holds: Callable[[], bool]) -> None:
-        """Wait until a condition holds. Raises UnavailableError if the client is closed meanwhile."""
+        """Wait until `holds()` is true. Raises UnavailableError if the client is closed before."""
         while not holds():
             if self._closed:
                 raise closed_meanwhile(self.target)
@@ -127,7 +130,7 @@ class Driver(ProcessBound):
                 self._waiting.remove(waiter)
 
     def _wake(self) -> None:
-        """Wake the tasks whose condition now holds, and no others; all of them once the client is closed."""
+        """Wake each waiting task whose condition now holds; if the client is closed, wake all of them."""
         for holds, future in self._waiting:
             if not future.done() and (self._closed or holds()):
                 future.set_result(None)
@@ -135,9 +138,10 @@ class Driver(ProcessBound):
     def _end(
         self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None
     ) -> None:
-        """End an operation early. `error`: raised by its last effect; None: interrupted or abandoned.
+        """End an operation before it returns, and cancel the stream that `effect` receives from, if any.
 
-        Does nothing in a forked child: the operation belongs to the parent.
+        `error` is what the last effect raised; None if the operation was interrupted or abandoned. In a
+        forked child this does nothing, because the operation belongs to the parent.
         """
         if self._inherited:
             return
@@ -192,13 +196,13 @@ class Driver(ProcessBound):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise MaskwireError("this client is closed; make another one")
+            raise MaskwireError("this client is closed and accepts no more calls; make a new client")
 
 
 def awaited(
     method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Driver, P], Coroutine[Any, Any, T]]:
-    """Turn an operation into a coroutine method with the same parameters and docstring."""
+    """Turn a method that makes an operation into a coroutine method with the same signature and docstring."""
 
     @keep_signature(method)
     async def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -210,7 +214,7 @@ def awaited(
 def iterating(
     method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
 ) -> Callable[Concatenate[Driver, P], AsyncIterator[T]]:
-    """Turn an operation that emits values into a method that returns an asynchronous iterator over them."""
+    """Turn a method whose operation emits values into one that returns an asynchronous iterator over them."""
 
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:

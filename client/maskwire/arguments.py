@@ -1,4 +1,4 @@
-"""Checks of arguments: errors that name the argument that was probably meant."""
+"""Checks of the arguments of calls. Their errors say what to pass instead."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 T = TypeVar("T")
 
 _PADDING = (
-    "mark padding at the end of rows with lengths=[...], or pass rows that differ in length; mark given "
-    "positions with prompt_mask= (bool, True where given)"
+    "mark padding at the end of rows with lengths=[...], or pass rows that differ in length; mark positions "
+    "of a prompt, which are never masked, with prompt_mask= (bool, True at these positions)"
 )
 # Names in other libraries, and their names here, if the call has such an argument.
 _OTHER_NAMES = {
@@ -45,21 +45,24 @@ _ADVICE = {
     "padding_mask": _PADDING,
     "key_padding_mask": _PADDING,
     "mask": _PADDING + "; the server draws which tokens are masked",
-    "labels": "leave it out: the server masks the tokens itself, and the labels are the tokens",
+    "labels": "leave it out: the server masks the tokens itself, and uses the original tokens as labels",
     "input_ids": "pass the token ids as the first argument",
 }
 _ADVICE_OF_CALLS = {
     "attach": dict.fromkeys(
         ("name", "takeover", "window", "on_takeover"),
-        "it opens no session; leave it out, or use connect()",
+        "attach() opens no session; leave this argument out, or use connect()",
     )
 }
 
 
 def check_options(call: str, given: Iterable[str], known: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Raise TypeError for the first unknown keyword, with the one that was probably meant.
+    """Raise TypeError for the first unknown keyword argument, and suggest the one that was probably meant.
 
-    `also` are the call's other arguments, which may have been meant.
+    call: The name of the called function.
+    given: The names of the keyword arguments that were passed.
+    known: The names that are allowed.
+    also: The names of the function's other arguments, which are suggested too.
     """
     known = list(known)
     for name in given:
@@ -74,11 +77,11 @@ def _meant(name: str, known: list[str]) -> str:
     other = _OTHER_NAMES.get(name)
     near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
     every = ", ".join(known) or "none"
-    return f"did you mean {near[0]!r}? It has {every}" if near else f"it has {every}"
+    return f"did you mean {near[0]!r}? The call takes {every}" if near else f"the call takes {every}"
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None, *, cure: str = "") -> None:
-    """Raise ValueError unless a value is a whole number in the range. True, False and 8.0 are not."""
+    """Raise ValueError unless a value is an integer from `least` to `most`; True, False and 8.0 are not."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number of at least {least}{cure}, got {value!r}")
     if value < least:
@@ -88,7 +91,7 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None, *, c
 
 
 def check_real(name: str, value: Any, cure: str = "") -> None:
-    """Raise TypeError unless a value is a number. True and False are not."""
+    """Raise TypeError unless a value is an integer or a float. True and False are refused."""
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number{cure}, got {value!r}")
 
@@ -100,7 +103,7 @@ def check_str(name: str, value: Any, cure: str = "") -> None:
 
 
 def check_labels(labels: Any) -> None:
-    """Raise TypeError unless labels map str to str, or are None."""
+    """Raise TypeError unless `labels` is None or a mapping of str to str."""
     if labels is None:
         return
     if not isinstance(labels, Mapping):
@@ -111,20 +114,20 @@ def check_labels(labels: Any) -> None:
 
 
 def check_expected(**expected: Any) -> None:
-    """Raise ValueError unless each is a position in the run's history, or None."""
+    """Raise ValueError unless each argument, such as `expected_step`, is None or an integer of at least 0."""
     for name, value in expected.items():
         if value is not None:
             check_whole(name, value, 0, cure=", or None")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise TypeError unless a value is True or False: a text such as "no" would count as True."""
+    """Raise TypeError unless a value is True or False, because a text such as "no" would count as True."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_function(name: str, value: Any, *, awaited: bool = False) -> None:
-    """Raise TypeError unless a value is a function or None; `awaited`: or a coroutine function."""
+    """Raise TypeError unless a value is a function or None. Coroutine functions are allowed if `awaited`."""
     if value is None:
         return
     if not callable(value):
@@ -134,32 +137,32 @@ def check_function(name: str, value: Any, *, awaited: bool = False) -> None:
         for one in (value, getattr(value, "__call__", None))  # noqa: B004
     ):
         raise TypeError(
-            f"{name} is a coroutine function, which would never run here: make it a plain function (def), or "
-            "use the asyncio client (maskwire.aio)"
+            f"{name} is a coroutine function, which this call does not await: use a plain function (def); "
+            "only callbacks of fit in the asyncio client (maskwire.aio) may be coroutine functions"
         )
 
 
 def check_rows(tokens: Any, name: str = "tokens") -> None:
-    """Raise TypeError for objects that contain or produce rows but are not rows themselves."""
+    """Raise TypeError for an object that is not rows of token ids, such as a text or a tokenizer's output."""
     if isinstance(tokens, Mapping) or hasattr(tokens, "input_ids"):
         raise TypeError(
             f"{name} must be rows of token ids, got {type(tokens).__name__}: pass its 'input_ids', with "
-            "lengths=attention_mask.sum(1) if it is padded on the right"
+            "lengths=attention_mask.sum(1) if the rows are padded on the right"
         )
     if isinstance(tokens, str | bytes):
         raise TypeError(
-            f"{name} must be rows of token ids, got {type(tokens).__name__}: encode it; for a model of bytes "
-            "pass [list(text.encode())]"
+            f"{name} must be rows of token ids, got {type(tokens).__name__}: encode the text; for a model of "
+            "bytes pass [list(text.encode())]"
         )
     if not any(hasattr(tokens, name) for name in ("__getitem__", "__array__", "detach")):
         raise TypeError(
-            f"{name} must be rows of token ids, an array [rows, columns] or a list of rows, got "
+            f"{name} must be rows of token ids, as an array of shape [rows, columns] or a list of rows, got "
             f"{type(tokens).__name__}"
         )
 
 
 def check_data(call: str, data: Any) -> None:
-    """Raise TypeError for an object without `batch(step)`."""
+    """Raise TypeError unless `data` has a method `batch`. The error says how to make such data."""
     if callable(getattr(data, "batch", None)):
         return
     kind = type(data).__name__
@@ -177,11 +180,14 @@ def check_data(call: str, data: Any) -> None:
 
 
 def call_back(name: str, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a user's function. Converts StopIteration, which would end the generator that called it."""
+    """Call a user's function and return its result.
+
+    A StopIteration of the function is converted to RuntimeError, because it would end the calling generator.
+    """
     try:
         return function(*arguments)
     except StopIteration as error:
         raise RuntimeError(
-            f"{name} raised StopIteration, most often from next() on an iterator that has ended: catch it "
-            "there; to end fit early, raise maskwire.StopTraining"
+            f"{name} raised StopIteration, most often from next() on an iterator that has ended: catch the "
+            "exception there; to end fit early, raise maskwire.StopTraining instead"
         ) from error

@@ -1,4 +1,4 @@
-"""The batch of a training step, as data returns it."""
+"""The batch of a training step, as `data.batch(step)` returns it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from maskwire.signatures import refuse_unknown_keywords
 @refuse_unknown_keywords
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of token ids, and what is known about them. `data.batch(step)` may return one for `fit`."""
+    """Rows of token ids, with their lengths, prompts and segments. `data.batch(step)` may return a Batch."""
 
     tokens: Any
-    """Integers [rows, columns], or a list of rows that may differ in length."""
+    """Integers of shape [rows, columns], or a list of rows that may differ in length."""
     lengths: Any = None
-    """Integers [rows]: positions after a row's length are padding. Not allowed if rows differ in length."""
+    """Integers of shape [rows]: positions after a row's length are padding. Only for rows of one length."""
     prompt_mask: Any = None
-    """Bool [rows, columns], or a list of rows: True for positions that are given and never masked."""
+    """Bool of shape [rows, columns], or a list of rows: True at the positions of a prompt, never masked."""
     segment_ids: Any = None
-    """Integers, one per token: the number of its document in a packed row, from 0 and not decreasing."""
+    """Integers, one per token: the number of the token's document in a packed row, from 0, not decreasing."""

@@ -49,19 +49,21 @@ def connect(
     on_takeover: Callable[[str], None] | None = None,
     **credentials: Unpack[CredentialOptions],
 ) -> Trainer:
-    """Open a session with the server at `target` and return its Trainer.
+    """Open a training session with the server at `target`, and return a Trainer.
 
     target: HOST:PORT, or unix:PATH for a Unix socket.
     name: Identifies this job. A job that is restarted with the same name takes over its previous session at
-        once. The default is unique to this process; another process on this machine takes over its session
-        once this process has ended.
+        once. The default name is unique to this process. When this process has ended, another process
+        on this machine takes over the session at once.
     takeover: Take over the session of any other client, and resume a HALTED run.
-    retry_for: Seconds for which calls to a server that does not answer are retried.
+    retry_for: How long to retry calls while the server does not answer, in seconds.
     timeout: Deadline of one attempt of a call, in seconds.
-    window: The most steps in flight.
-    on_wait: Called with a message about what the client is waiting for; by default a warning is logged.
-    on_takeover: Called with a message about whose session was taken over; by default a warning is logged.
-    credentials: TLS and token, see `maskwire.credentials.CredentialOptions`.
+    window: The maximum number of steps in flight.
+    on_wait: Called with a message that says what the client is waiting for. By default the message is
+        logged as a warning.
+    on_takeover: Called with a message that says whose session was taken over. By default the message is
+        logged as a warning.
+    credentials: Options for TLS and the bearer token; see `maskwire.credentials.CredentialOptions`.
 
     Raises the errors of `maskwire.errors`, ValueError and TypeError for wrong arguments, and OSError for
     unreadable files.
@@ -99,7 +101,7 @@ def attach(
     """Return a Client without a session, to evaluate, save, list and download while another client trains.
 
     target, retry_for, timeout, on_wait: As in `connect`.
-    credentials: TLS and token, see `maskwire.credentials.CredentialOptions`.
+    credentials: Options for TLS and the bearer token; see `maskwire.credentials.CredentialOptions`.
 
     Nothing is sent before the first call. Raises ValueError and TypeError for wrong arguments, and OSError
     for unreadable files.
@@ -110,9 +112,10 @@ def attach(
 
 @refuse_unknown_keywords
 class Client(Driver):
-    """The calls that need no session. Made by `attach`.
+    """The blocking client for the calls that need no session, made by `attach`.
 
-    Safe to use from several threads. It belongs to the process that made it: ForkError in a forked child.
+    Several threads may use it. It belongs to the process that made it: in a forked child process, its calls
+    raise ForkError.
     """
 
     eval_loss = blocking(Calls.eval_loss)
@@ -144,7 +147,7 @@ class Client(Driver):
 
 
 def _fitting(method: Callable[Concatenate[Any, P], Fitting[T]]) -> Callable[Concatenate[Trainer, P], T]:
-    """Turn a training loop into a blocking method."""
+    """Turn a training loop, a generator of actions, into a blocking method that performs them."""
 
     @keep_signature(method)
     def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -154,7 +157,7 @@ def _fitting(method: Callable[Concatenate[Any, P], Fitting[T]]) -> Callable[Conc
 
 
 def run_fit(trainer: Any, fitting: Fitting[T]) -> T:
-    """Perform the actions of a training loop until it returns."""
+    """Perform the actions that a training loop yields, and return the result of the loop."""
     reply: Any = None
     raised: BaseException | None = None
     while True:
@@ -166,15 +169,15 @@ def run_fit(trainer: Any, fitting: Fitting[T]) -> T:
         reply = raised = None
         try:
             if isinstance(action, ResultOf):
-                trainer._check_process()  # in a child that a callback forked, no answer would come
+                trainer._check_process()  # in a child process that a callback forked, no answer would come
                 reply = result_of(action.future, action.timeout)
             else:
                 reply = action.function() if isinstance(action, Work) else action()
                 if inspect.iscoroutine(reply):
                     reply.close()
                     raise TypeError(
-                        "a callback returned a coroutine, which the blocking client does not await: call "
-                        "plain functions there, or use the asyncio client (maskwire.aio)"
+                        "a callback returned a coroutine, which the blocking client does not await: make the "
+                        "callback a plain function (def), or use the asyncio client (maskwire.aio)"
                     )
         except BaseException as error:
             raised = error
@@ -182,12 +185,12 @@ def run_fit(trainer: Any, fitting: Fitting[T]) -> T:
 
 @refuse_unknown_keywords
 class Trainer(TrainerProperties, Client):
-    """Drives one run. Made by `connect`.
+    """The blocking client that trains one run, made by `connect`.
 
-    Safe to use from several threads. Leaving its `with` block waits for the steps in flight and ends the
-    session. After an exception it waits at most 1 s for the steps and 2 s for the session to end; after
-    Ctrl-C it does not wait for the steps. Ctrl-C during a step leaves the step in flight: it is acknowledged
-    in the background, and the next call trains the step after it.
+    Several threads may use it. Leaving its `with` block waits for the steps in flight and ends the session.
+    After an exception, it waits at most 1 s for the steps and 2 s for the session to end; after Ctrl-C, it
+    does not wait for the steps. Ctrl-C during a step leaves the step in flight: the step is acknowledged in
+    the background, and the next call trains the step after it.
     """
 
     def __init__(self, endpoint: Endpoint, writer: Writer, *, threads: int) -> None:
@@ -205,17 +208,17 @@ class Trainer(TrainerProperties, Client):
 
     @keep_signature(Writer.restore)
     def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
-        # In the background: an interrupted restore must not leave the trainer without a session.
+        # It runs in the background, because an interrupt must not leave the trainer without a session.
         return result_of(self._start(self._writer.restore(name, expected_step=expected_step)))
 
     def train_step(self, tokens: Any = None, **options: Unpack[StepOptions]) -> results.StepResult:
-        """Train on one batch. Returns once the step is durable.
+        """Train on one batch, and return its StepResult once the step is durable.
 
-        tokens: Integers [rows, columns], or a list of rows that may differ in length: an array, a list or a
-            torch tensor. None with `batches`.
+        tokens: Integer ids as an array, a list or a torch tensor of shape [rows, columns], or a list of rows
+            that may differ in length. None if `batches` are given.
 
         The rows of all `batches` form one batch: the step, its losses and its digest are those of a call with
-        all the rows, and the limits of one batch apply to their total.
+        all the rows, and the limits of one batch apply to the rows of all `batches` together.
 
         Raises TypeError or ValueError for arguments that are not a batch, InvalidRequestError for a batch
         that the server refuses, such as an id outside the vocabulary, ConflictError if the step's number is
@@ -237,16 +240,16 @@ class Trainer(TrainerProperties, Client):
     def submit(
         self, tokens: Any = None, *, step: int | None = None, **options: Unpack[StepOptions]
     ) -> Future[results.StepResult]:
-        """Submit a batch as `train_step` does, and return a future of its result.
+        """Submit a batch for a training step, and return a future of its StepResult.
 
         tokens: As in `train_step`.
-        step: The number that the step must have; None: whichever is next.
+        step: The number that the step must have. None: the next number.
 
-        Steps are numbered in the order of submission. If a step is refused, the next one gets its number, or
-        raises ConflictError if it was submitted with a `step`. The call waits while the window is full, or
-        while another step takes the number of a refused one. The future cannot be cancelled: a step that was
-        sent may be applied, and only the server's answer says whether it was. The future raises what
-        `train_step` raises.
+        Steps are numbered in the order of submission. If a step is refused, the step after it gets its
+        number; a step that was submitted with `step` raises ConflictError instead. The call waits while the
+        window is full, and while another step gets the number of a refused one. The future cannot be
+        cancelled: a step that was sent may be applied, and only the server's answer says whether it was. The
+        future raises the errors of `train_step`.
         """
         self._check_process()
         pending = self._writer.new_step(tokens, step, **options)
@@ -258,10 +261,10 @@ class Trainer(TrainerProperties, Client):
             raise
 
     def close(self, grace: float | None = None) -> None:
-        """End the session and the connection, after the steps in flight.
+        """Wait for the steps in flight, then end the session and the connection.
 
-        grace: The most seconds to wait for them; None: no limit. Steps that are then still in flight may or
-            may not be applied.
+        grace: The maximum time to wait for the steps, in seconds. None: no limit. Steps that are still in
+            flight after that time may or may not be applied.
         """
         self._close(grace, patient=True)
 
@@ -276,7 +279,10 @@ class Trainer(TrainerProperties, Client):
             self._close(0 if interrupted else EXIT_GRACE, patient=False)
 
     def _close(self, grace: float | None, *, patient: bool) -> None:
-        """End the session and the connection; wait for an unreachable server only if `patient`."""
+        """Wait for the steps in flight, at most `grace` seconds; then end the session and the connection.
+
+        If the server is unreachable, the steps are awaited only if `patient`.
+        """
         writer = self._writer
         if self._inherited or writer.closed:
             return
@@ -296,7 +302,7 @@ class Trainer(TrainerProperties, Client):
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, operation: Operation[T]) -> Future[T]:
-        """Drive an operation in the background."""
+        """Perform an operation in a background thread, and return a future of its result."""
         self._check_process()
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
@@ -319,7 +325,8 @@ class Trainer(TrainerProperties, Client):
         super()._pause(seconds)
         if self._writer.unreachable and self._exiting():
             raise UnavailableError(
-                f"the program ended while {self.target} did not answer: the outcome is unknown",
+                f"the program ended while {self.target} did not answer, so the outcome of the call is "
+                "unknown; check the run with `maskwire status`",
                 reason="UNAVAILABLE",
             )
 

@@ -25,12 +25,12 @@ _CHANNEL_OPTIONS = [
 
 
 class CredentialOptions(TypedDict, total=False):
-    """Credentials of `connect` and `attach`."""
+    """The options of `connect` and `attach` for TLS and the bearer token."""
 
     tls: bool | None
-    """Use TLS; None: only if `ca`, `cert` or `server_name` is given."""
+    """Whether to use TLS. None: only if `ca`, `cert` or `server_name` is given."""
     ca: str | Path | None
-    """PEM file of the certificate authorities to trust; None: the system's."""
+    """PEM file of the certificate authorities to trust. None: those of the system."""
     cert: str | Path | None
     """PEM file of this client's certificate, for a server that requires one; needs `key`."""
     key: str | Path | None
@@ -40,24 +40,27 @@ class CredentialOptions(TypedDict, total=False):
     token: str | None
     """Bearer token, for a server that requires one."""
     token_file: str | Path | None
-    """File with the bearer token on its first line that is not a comment. Read again when it changes, unless
-    it is a pipe."""
+    """File with the bearer token on its first line that is not a comment. A regular file is read again when
+    it changes."""
     allow_insecure: bool
     """Send the token in plaintext to another machine. Anyone on the network can read it."""
 
 
 class TokenFile:
-    """The token in a file. It can be replaced while a client uses it."""
+    """A file that holds a bearer token. The file can be replaced while a client uses it."""
 
     def __init__(self, path: Path) -> None:
-        """Read it. Raises OSError and ValueError."""
+        """Read the token for the first time.
+
+        Raises OSError if the file cannot be read, and ValueError if it contains no valid token.
+        """
         self._path = path.absolute()  # the program may change its folder
         self._stamp: tuple[int, ...] = ()
         self._token = ""
         self.read()
 
     def read(self) -> str:
-        """The token; the former one while the file cannot be read or contains none."""
+        """Return the token. While the file cannot be read or holds no token, return the previous one."""
         try:
             found = self._path.stat()
             stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
@@ -72,7 +75,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server's address and the credentials for it, read and checked."""
+    """A server's address, and credentials for it that have been read and checked."""
 
     target: str
     credentials: grpc.ChannelCredentials | None = field(repr=False)
@@ -83,15 +86,16 @@ class Endpoint:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What to send with a call. A token file is read again when it has changed."""
+        """The metadata to send with a call: the bearer token, if any. A changed token file is read again."""
         token = self.token.read() if isinstance(self.token, TokenFile) else self.token
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     @staticmethod
     def of(target: str, **options: Unpack[CredentialOptions]) -> Endpoint:
-        """Check the arguments and read the files.
+        """Make an Endpoint: check the target and the options, and read the files.
 
-        Raises ValueError for a wrong target or option, OSError for an unreadable file.
+        Raises ValueError for a wrong target or option, TypeError for an option of the wrong type, and
+        OSError for an unreadable file.
         """
         check_target(target)
         for name in ("ca", "cert", "key", "token_file"):
@@ -124,15 +128,15 @@ class Endpoint:
         found = _checked("token", token or "") if file is None else TokenFile(Path(file))
         if found and not tls and not options.get("allow_insecure") and not is_local(target):
             raise ValueError(
-                f"the bearer token would be sent to {target} in plaintext; use TLS (tls, ca), a tunnel to "
-                "this machine, or allow_insecure"
+                f"the bearer token would be sent to {target} in plaintext; use TLS (tls or ca), connect "
+                "through a tunnel to localhost, or allow plaintext (allow_insecure)"
             )
         return Endpoint(target, credentials, server_name, found)
 
     def channel(self, module: ModuleType = grpc) -> Any:
-        """Open a channel of `grpc` or `grpc.aio`."""
+        """Open a gRPC channel to the server. `module` is `grpc` or `grpc.aio`."""
         if self.credentials is None:
-            # An HTTP proxy of the environment would send a token for this machine to another one.
+            # An HTTP proxy that the environment names would send a token for this machine to another machine.
             plain = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
             return module.insecure_channel(self.target, options=plain)
         options: list[tuple[str, Any]] = list(_CHANNEL_OPTIONS)
@@ -165,12 +169,12 @@ def _token_in(file: Path) -> str:
     lines = [line.split("#")[0].split() for line in file.read_text(errors="replace").splitlines()]
     token = next((words[0] for words in lines if words), "")
     if not token:
-        raise ValueError(f"token_file {file} contains no token: write it on a line of its own")
+        raise ValueError(f"token_file {file} contains no token: write the token on a line of its own")
     return _checked(f"the token in {file}", token)
 
 
 def _checked(where: str, token: str) -> str:
     token = token.strip()
     if not token.isascii() or any(character.isspace() for character in token):
-        raise ValueError(f"{where} must be ASCII without spaces")
+        raise ValueError(f"{where} must contain only ASCII characters and no spaces; copy the token again")
     return token

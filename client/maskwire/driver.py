@@ -1,4 +1,7 @@
-"""The blocking driver: performs the effects of operations on the caller's thread."""
+"""The blocking driver: performs the effects of operations on the caller's thread.
+
+An operation is a generator that yields effects, such as calls to the server; see `maskwire.protocol.effects`.
+"""
 
 from __future__ import annotations
 
@@ -37,16 +40,16 @@ from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# The system may deliver a signal to another thread, which does not wake the main thread. The main thread runs
-# Python's signal handlers, so it wakes up this often.
+# The system may deliver a signal to another thread, which does not wake the main thread. Only the main thread
+# runs Python's signal handlers, so it wakes up at this interval.
 _SIGNAL_SECONDS = 0.5
 
 
 def result_of(future: Future[T], timeout: float | None = None) -> T:
     """Wait for a future's result; Ctrl-C interrupts the wait. Raises TimeoutError after `timeout` seconds.
 
-    A queue can be interrupted safely. A wait on the future's Condition cannot: it may stay locked, and the
-    thread that sets the result would hang.
+    The wait is on a queue, which can be interrupted safely. If a wait on the future's Condition were
+    interrupted, the Condition could stay locked, and the thread that sets the result would hang.
     """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     done: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
@@ -65,11 +68,11 @@ _abandoned: list[grpc.Channel] = []
 
 
 class Driver(ProcessBound):
-    """A connection, and the code that performs operations over it. Safe to use from several threads.
+    """A connection to a server, and the code that performs operations over it. Several threads may use it.
 
-    Python runs signal handlers on the main thread, and an exception from one, such as KeyboardInterrupt, can
-    leave a lock of gRPC's channel held permanently. The main thread therefore has its own channel, which it
-    gives up when a call ends that way. Channels to one target share a connection.
+    Python runs signal handlers on the main thread. An exception that a handler raises during a call, such as
+    KeyboardInterrupt, can leave a lock of the gRPC channel held forever. The main thread therefore has its
+    own channel, and abandons it after such a call. Channels to the same target share a connection.
     """
 
     def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
@@ -84,7 +87,7 @@ class Driver(ProcessBound):
         self._background: Background | None = None  # runs `Call.meanwhile`
 
     def _drive(self, operation: Operation[T]) -> T:
-        """Perform an operation's effects until it returns."""
+        """Perform the effects that an operation yields, and return the result of the operation."""
         effect: Effect | None = None
         try:
             while True:
@@ -102,7 +105,7 @@ class Driver(ProcessBound):
             raise
 
     def _iterate(self, operation: Operation[Any]) -> Iterator[Any]:
-        """Yield what an operation emits."""
+        """Perform an operation, and yield the values that it emits."""
         effect: Effect | None = None
         stream: Receive | None = None
         try:
@@ -120,7 +123,7 @@ class Driver(ProcessBound):
             self._end(operation, stream)
 
     def _advance(self, operation: Operation[Any], effect: Effect | None, reply: Any) -> Effect:
-        """Run an operation up to its next effect. `effect` is the one whose outcome is `reply`."""
+        """Send an operation `reply`, the outcome of `effect`; return the effect that it yields next."""
         self._check_process()  # a callback, or the reader of an iterator, may have forked
         if isinstance(effect, Until):
             return cast(Effect, self._when(effect.holds, lambda: operation.send(reply)))
@@ -133,9 +136,10 @@ class Driver(ProcessBound):
     def _when(
         self, holds: Callable[[], bool], act: Callable[[], T], timeout: float | None = None
     ) -> T | None:
-        """Wait until a condition holds, then call `act` with the lock held; None after `timeout` seconds.
+        """Wait until `holds()` is true, then call `act` with the lock held, and return its result.
 
-        The lock is not held while waiting, so that an interrupt cannot leave it in the wrong state.
+        Returns None after `timeout` seconds. Raises UnavailableError if the client is closed before. The
+        lock is not held while waiting, so that an interrupt cannot leave it in the wrong state.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         woken: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -160,14 +164,14 @@ class Driver(ProcessBound):
             self._waiting.pop(woken, None)
 
     def _wake(self) -> None:
-        """With the lock held, wake the threads whose condition now holds, and no others."""
+        """Wake each waiting thread whose condition now holds. The caller must hold the lock."""
         for woken, holds in list(self._waiting.items()):
             if holds():
                 woken.put(None)
 
     @property
     def _stub(self) -> Any:
-        """The stub for calls from this thread."""
+        """The gRPC stub for calls from the current thread."""
         main = threading.current_thread() is threading.main_thread()
         if main not in self._connections:
             channel = self._endpoint.channel()
@@ -176,16 +180,17 @@ class Driver(ProcessBound):
         return self._connections[main][1]
 
     def _abandon_channel(self) -> None:
-        """Stop using the main thread's channel: a call on it was interrupted."""
+        """On the main thread, stop using its channel, because a call on the channel was interrupted."""
         if threading.current_thread() is threading.main_thread() and True in self._connections:
             _abandoned.append(self._connections.pop(True)[0])
 
     def _end(
         self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None
     ) -> None:
-        """End an operation early. `error`: raised by its last effect; None: interrupted or abandoned.
+        """End an operation before it returns, and cancel the stream that `effect` receives from, if any.
 
-        Does nothing in a forked child: the operation belongs to the parent.
+        `error` is what the last effect raised; None if the operation was interrupted or abandoned. In a
+        forked child this does nothing, because the operation belongs to the parent.
         """
         if self._inherited:
             return
@@ -248,17 +253,17 @@ class Driver(ProcessBound):
 
     def _check_open(self) -> None:
         if self._closed.is_set():
-            raise MaskwireError("this client is closed; make another one")
+            raise MaskwireError("this client is closed and accepts no more calls; make a new client")
 
     def _disconnect(self) -> None:
-        """End the connection, and with it the calls in progress."""
+        """Close the connection, which ends the calls in progress."""
         self._closed.set()
         for channel, _ in list(self._connections.values()):
             channel.close()
 
 
 class Background:
-    """A thread that runs short functions, whose results are not needed."""
+    """A thread that runs short functions one after another, and ignores their results."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -269,7 +274,7 @@ class Background:
         ).start()
 
     def run(self, function: Callable[[], object]) -> None:
-        """Run a function soon; its result is ignored."""
+        """Queue a function for the thread, and return at once. The function's result is ignored."""
         self._queue.put(function)
 
     def __del__(self) -> None:
@@ -284,7 +289,7 @@ class Background:
 def blocking(
     method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Driver, P], T]:
-    """Turn an operation into a blocking method with the same parameters and docstring."""
+    """Turn a method that makes an operation into a blocking method with the same signature and docstring."""
 
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -296,7 +301,7 @@ def blocking(
 def iterating(
     method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
 ) -> Callable[Concatenate[Driver, P], Iterator[T]]:
-    """Turn an operation that emits values into a method that returns an iterator over them."""
+    """Turn a method whose operation emits values into one that returns an iterator over them."""
 
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:

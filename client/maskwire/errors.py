@@ -3,33 +3,33 @@
     MaskwireError
     ├── RequestError             the server refused the request; nothing changed
     │   ├── InvalidRequestError      a field is wrong; `.field` names it
-    │   ├── ConflictError            the step or request id is already used, or a step before it is missing
-    │   ├── HaltedError              three steps in a row were not finite
+    │   ├── ConflictError            the step or request id is used already, or an earlier step is missing
+    │   ├── HaltedError              the loss or gradient of three steps in a row was not finite
     │   ├── DivergedError            the weights give losses or logits that are not finite
-    │   ├── CheckpointError          not found, taken, needed, damaged, or not written
-    │   ├── TokenizerError           the run was started with another tokenizer
+    │   ├── CheckpointError          the checkpoint is missing, damaged or needed, or could not be saved
+    │   ├── TokenizerError           the run uses another tokenizer
     │   ├── DataMismatchError        the run was trained on other data
-    │   ├── DigestVersionError       this client is too old for the run's digest
+    │   ├── DigestVersionError       this client is too old for the run's version of the digest
     │   └── UnimplementedError       this server does not support the call
     ├── SessionError             this client may not train the run
     │   ├── FencedError              another writer took over: stop
     │   ├── WriterPresentError       another client's session is open
-    │   └── WrongRunError            the session is of another run, lineage or epoch
+    │   └── WrongRunError            the session is closed or of another run, or the run is at another step
     ├── HistoryError             server and client disagree about what was trained: stop
-    │   ├── HistoryLostError         the server lacks steps that it acknowledged
-    │   └── DigestMismatchError      the digests differ
+    │   ├── HistoryLostError         the server lost steps that it had acknowledged
+    │   └── DigestMismatchError      the history digests differ
     ├── AccessError              access denied: TLS or token rejected
     │   ├── UnauthenticatedError     the token is missing, unknown or expired
     │   ├── PermissionDeniedError    the token's role does not permit the call
     │   └── TlsError                 the TLS handshake failed
-    ├── ForkError                the client was made before this process was forked
+    ├── ForkError                the client was created before this process was forked
     ├── EventLoopError           the asyncio client belongs to another event loop
     ├── StepMovedError           the run's step changed between the calls of one evaluation or generation
-    ├── UnavailableError         no answer, or not yet: the outcome is unknown
+    ├── UnavailableError         no answer came, or the server asks to retry: the outcome is unknown
     │   └── UnresolvedError          the target's host name does not exist
-    └── ServerError              the server failed; its log explains `.error_id`
+    └── ServerError              the server failed; search its log for `.error_id`
 
-`REASONS` maps the reasons on the wire to these classes.
+`REASONS` maps the reason in a server's error to one of these classes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ from maskwire.signatures import refuse_unknown_keywords
 
 @refuse_unknown_keywords
 class MaskwireError(Exception):
-    """Base class. `reason` is the error's name on the wire; `metadata` has the values in its message."""
+    """The base class of this client's errors.
+
+    `reason` is the error's name in the protocol. `metadata` has the values that the message mentions.
+    """
 
     def __init__(self, message: str, *, reason: str = "", metadata: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -60,28 +63,35 @@ class RequestError(MaskwireError):
 
 
 class InvalidRequestError(RequestError):
-    """A field of the request is wrong; the message says what would be right."""
+    """A field of the request is wrong. The message says which values are valid."""
 
     @property
     def field(self) -> str:
-        """The field's name."""
+        """The name of the wrong field; empty if the server did not name it."""
         return self.metadata.get("field", "")
 
 
 class ConflictError(RequestError):
-    """The step or the request id is already used for something else, or the step is not the next one."""
+    """The step number or request id is already used for another request, or an earlier step is missing."""
 
 
 class HaltedError(RequestError):
-    """Three steps in a row were not finite. Check the data, then connect with takeover=True."""
+    """The loss or gradient of three steps in a row was not finite, so the server stopped training.
+
+    Check the data and the learning rate, then connect with takeover=True.
+    """
 
 
 class DivergedError(RequestError):
-    """The weights give losses or logits that are not finite. Restore an earlier checkpoint."""
+    """The model's weights give losses or logits that are not finite. Restore an earlier checkpoint."""
 
 
 class CheckpointError(RequestError):
-    """The checkpoint does not exist, its name is taken, it is needed or damaged, or writing it failed."""
+    """A request about a checkpoint failed; the message says why.
+
+    The checkpoint does not exist or is damaged, its name is taken, it cannot be deleted because it is needed,
+    or writing it failed.
+    """
 
 
 class UnimplementedError(RequestError):
@@ -97,65 +107,70 @@ class FencedError(SessionError):
 
 
 class WriterPresentError(SessionError):
-    """Another client's session is open; wait until it is closed or idle, or connect with takeover=True."""
+    """Another client's session is open.
+
+    Wait until that session is closed or idle, or connect with takeover=True.
+    """
 
 
 class WrongRunError(SessionError):
-    """The session belongs to another run, lineage or epoch (connect again), or a request expected the run at
-    another step.
+    """The session does not belong to the run's current state, or the run is not at the expected step.
+
+    A session can be closed, or belong to another run or lineage: connect again. Calls with `expected_step` or
+    `expected_lineage` raise this error if the run is elsewhere.
     """
 
 
 class TokenizerError(RequestError):
-    """The run was started with another tokenizer, so the same ids mean something else."""
+    """The run was started with another tokenizer, so the same token ids stand for other text."""
 
 
 class DataMismatchError(RequestError):
-    """The run was trained on other data. `fit(allow_changed_data=True)` continues with the changed data."""
+    """The data differs from what the run was trained on. To use it anyway, pass allow_changed_data=True."""
 
 
 class DigestVersionError(RequestError):
-    """This client cannot compute the run's version of the digest. Use a newer client."""
+    """The run's history digest has a version that this client cannot compute. Use a newer client."""
 
 
 class AccessError(MaskwireError):
-    """The server denied access."""
+    """Access was denied: the token or the TLS connection was rejected."""
 
 
 class UnauthenticatedError(AccessError):
-    """The token is missing, unknown to the server, or expired."""
+    """The access token is missing, unknown to the server, or expired."""
 
 
 class PermissionDeniedError(AccessError):
-    """The token's role does not permit the call. The message names a role that does."""
+    """The role of the access token does not permit the call. The message names a role that does."""
 
 
 class TlsError(AccessError):
-    """The TLS handshake failed. The message says which certificate is wrong."""
+    """The TLS handshake failed. The message says why, and what to change."""
 
 
 class ForkError(MaskwireError, RuntimeError):
-    """The client was made before this process was forked. Make a client in this process."""
+    """The client was created before this process was forked. Create a client in this process."""
 
 
 class EventLoopError(MaskwireError, RuntimeError):
-    """The asyncio client was first used in another event loop. Make a client for each loop."""
+    """The asyncio client was first used in another event loop. Create one client for each loop."""
 
 
 class StepMovedError(MaskwireError):
-    """The run was trained on, or restored, between the calls of one evaluation or generation."""
+    """A training step or a restore changed the weights between the calls of an evaluation or generation."""
 
 
 class HistoryError(MaskwireError):
-    """Server and client disagree about what was trained. Stop, and check the server's storage."""
+    """Server and client disagree about what was trained. Stop training, and check the server's storage."""
 
 
 class HistoryLostError(HistoryError):
-    """The server lost steps that it acknowledged to this client."""
+    """The server lost steps that it had acknowledged to this client."""
 
 
 class DigestMismatchError(HistoryError):
-    """The server's digest does not match what this client sent."""
+    """The server's history digest does not match the steps that this client sent."""
 
 
 class UnavailableError(MaskwireError):
@@ -167,11 +182,11 @@ class UnresolvedError(UnavailableError):
 
 
 class ServerError(MaskwireError):
-    """The server failed unexpectedly. Nothing changed; its log explains `error_id`."""
+    """The server failed unexpectedly and changed nothing. Search its log for `error_id`."""
 
     @property
     def error_id(self) -> str:
-        """The id to search for in the server's log."""
+        """The id of the failure, to search for in the server's log; empty if the server gave none."""
         return self.metadata.get("error_id", "")
 
 
@@ -252,28 +267,30 @@ _CLOSED_HINT = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed attempt: its error, and whether another attempt can help."""
+    """A failed attempt of a call: its error, and whether another attempt can help."""
 
     error: MaskwireError
     retryable: bool
-    """The outcome is unknown, or the server said when to retry."""
+    """Whether another attempt can help: the outcome is unknown, or the server said when to retry."""
     unreachable: bool = False
-    """No answer came; the server may have been restarted meanwhile."""
+    """Whether no answer came; the server may have been restarted meanwhile."""
     unresolved: bool = False
-    """The target's host name does not exist. Retrying helps only if it existed before."""
+    """Whether the target's host name does not exist. A retry helps only if the name existed before."""
     retry_after: float | None = field(default=None)
-    """Seconds, if the server said."""
+    """Seconds after which to retry, if the server said so."""
 
 
 def closed_meanwhile(target: str) -> UnavailableError:
-    """Make the error of a call that was waiting when its client was closed."""
+    """Return the error for a call that still waited for its answer when its client was closed."""
     return UnavailableError(
-        f"the client was closed while {target} did not answer: the outcome is unknown", reason="CANCELLED"
+        f"the client was closed before {target} answered: whether the call took effect is unknown; create a "
+        "client and check the run's status",
+        reason="CANCELLED",
     )
 
 
 def read_failure(error: grpc.RpcError) -> Failure:
-    """Interpret a failed RPC."""
+    """Convert the error of a failed RPC to a `Failure`, which says whether a retry can help."""
     call: Any = error  # the errors that a stub raises are also a grpc.Call
     code, text = call.code(), call.details() or str(error)
     info, retry_after = _details(call)
@@ -290,8 +307,8 @@ def read_failure(error: grpc.RpcError) -> Failure:
     for sign in _NO_SUCH_NAME:
         if unknown and sign in text:
             unresolved = UnresolvedError(
-                f"the target's host name does not resolve: check its spelling, and the DNS of this machine, "
-                f"container or cluster ({text})",
+                f"the target's host name does not resolve: check its spelling, and the DNS settings of this "
+                f"machine, container or cluster ({text})",
                 reason="UNRESOLVED",
             )
             return Failure(unresolved, retryable=True, unreachable=True, unresolved=True)
@@ -304,12 +321,12 @@ def read_failure(error: grpc.RpcError) -> Failure:
 
 
 def _last(text: str) -> str:
-    """gRPC's message without the list of addresses that it tried."""
+    """Return gRPC's message without the list of addresses that gRPC tried."""
     return text.rpartition("last error: ")[2]
 
 
 def _cause(text: str) -> str:
-    """The last cause in gRPC's message about an unreachable server, without status names and addresses."""
+    """Return the last cause in gRPC's message about an unreachable server, without status and addresses."""
     cause = _last(text)
     if cause != text or _CLOSED in text:
         cause = _BEFORE_CAUSE.sub("", cause)

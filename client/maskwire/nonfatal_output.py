@@ -1,4 +1,4 @@
-"""Lines on stderr and in files. A failure to write them must not end the training."""
+"""Writes lines to stderr and to files for a training loop, which a failed write must not end."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 PLAIN_EVERY_SECONDS = 10.0
-"""Seconds between two lines of progress that is not shown as a bar."""
+"""Seconds between two lines of progress where no bar is shown."""
 
 
 def tell(text: str) -> None:
-    """Print a line on stderr. Does nothing if stderr does not exist or cannot be written."""
+    """Print a line on stderr. Does nothing if stderr does not exist or cannot be written to."""
     stream = sys.stderr
     if stream is None:
         return
@@ -33,10 +33,10 @@ def on_terminal() -> bool:
 
 
 def check_in_place(path: Path, file: int) -> None:
-    """Raise OSError if the path no longer names an open file: what is written to it would be lost.
+    """Raise OSError if a path no longer names an open file, so that further writes would be lost.
 
-    path: Absolute, because the program may change its folder.
-    file: The file's descriptor.
+    path: An absolute path, because the program may change its current folder.
+    file: The descriptor of the open file.
     """
     with contextlib.suppress(OSError):
         if os.path.samestat(path.stat(), os.fstat(file)):
@@ -45,18 +45,18 @@ def check_in_place(path: Path, file: int) -> None:
 
 
 class LineFile:
-    """A file to append lines to."""
+    """A file to which lines of bytes are appended."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises OSError if the file cannot be opened."""
+        """Open the file for appending, or create it. Raises OSError if it cannot be opened."""
         self._path = Path(path).absolute()
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
 
     def write(self, line: bytes) -> None:
         """Append a line that ends with a newline.
 
-        Raises OSError if the line was not written completely, or if the file is no longer in its place. Do
-        not write again after an error: a file with a gap would look complete.
+        Raises OSError if the line was not written completely, or if the file was deleted, moved or replaced.
+        Do not write again after an error: a file with a gap would look complete.
         """
         self.check()
         left = memoryview(line)
@@ -64,12 +64,14 @@ class LineFile:
             left = left[os.write(self._file, left) :]
 
     def check(self) -> None:
-        """Raise OSError if the file was deleted, moved or replaced."""
+        """Raise OSError if the file was deleted, moved or replaced while it was open."""
         check_in_place(self._path, self._file)
 
     def close(self) -> None:
-        """Close the file. Raises OSError if a write failed, which some file systems report only here, or if
-        the file is no longer in its place.
+        """Close the file.
+
+        Raises OSError if the file was deleted, moved or replaced, or if a write failed, which some file
+        systems report only when the file is closed.
         """
         try:
             self.check()

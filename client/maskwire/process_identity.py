@@ -1,8 +1,8 @@
-"""Identity of this process, and whether another process on this machine has ended.
+"""The identity of this process, and a check whether another process has ended.
 
-On Linux a process is distinguished from a later one with the same id by its start time, from one of an
-earlier boot by the boot id, and from one in another container by its namespace of process ids. On other
-systems nothing is known, and no process counts as ended.
+A process id alone is ambiguous. On Linux, the start time tells a process from a later one with the same id,
+the boot id from one of an earlier boot, and the namespace of process ids from one in another container. Other
+systems do not provide these values, and there no process counts as ended.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from maskwire.v1 import training_service_pb2 as pb
 
-_TEXT = 128  # the most characters of a text in a request
+_TEXT = 128  # the most characters that a request may have in a text field
 _TASK = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID")
 _RESTARTS = "SLURM_RESTART_COUNT"
 """Slurm's variables: `_TASK` stays the same when the job is requeued, and `_RESTARTS` counts the requeues."""
 
 
 def this_process() -> pb.ClientProcess:
-    """Describe this process, as far as the system allows."""
+    """Return the description of this process that a session sends, as far as the system provides it."""
     return pb.ClientProcess(
         host=_text(socket.gethostname()),
         process_id=os.getpid(),
@@ -34,7 +34,7 @@ def this_process() -> pb.ClientProcess:
 
 
 def default_name() -> str:
-    """Return a name unique to this process, which stays the same while it runs."""
+    """Return a name for this process, HOST-ID-HASH, that is unique and stays the same while it runs."""
     process = this_process()
     process.job = ""
     unique = hashlib.sha256(process.SerializeToString(deterministic=True)).hexdigest()[:6]
@@ -42,11 +42,11 @@ def default_name() -> str:
 
 
 def is_gone(holder: pb.ClientProcess) -> bool:
-    """Whether a process has certainly ended: it ran on this machine and is gone, or it was this Slurm task
-    before its job was requeued.
+    """Whether the process `holder` has certainly ended.
 
-    Slurm requeues a job only after it has ended, on any machine. Other schedulers do not say whether a
-    process replaces another one of its job or runs beside it.
+    It has if it ran on this machine and no longer exists, or if it was this same Slurm task before the job
+    was requeued: Slurm requeues a job only after the job has ended on all machines. Other schedulers do not
+    say whether a process replaces another process of its job or runs beside it.
     """
     here = this_process()
     same_boot = holder.boot_id and holder.boot_id == here.boot_id and holder.host == here.host
@@ -59,7 +59,7 @@ def is_gone(holder: pb.ClientProcess) -> bool:
 
 
 def holder_of(metadata: Mapping[str, str]) -> pb.ClientProcess:
-    """Read the process that holds the session from the metadata of a WRITER_PRESENT error."""
+    """Return the process that holds the session, from the metadata of a WRITER_PRESENT error."""
 
     def number(name: str) -> int:
         value = metadata.get(f"writer_{name}", "")
@@ -76,11 +76,11 @@ def holder_of(metadata: Mapping[str, str]) -> pb.ClientProcess:
 
 
 def _lives(process_id: int, start_time: int) -> bool:
-    """Whether a process may still be running. True if the system does not say."""
+    """Whether a process on this machine may still be running. True if the system does not say."""
     if process_id <= 0 or not start_time:
         return True
     try:
-        os.kill(process_id, 0)  # signal 0 only checks
+        os.kill(process_id, 0)  # signal 0 only checks that the process exists
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
@@ -90,8 +90,9 @@ def _lives(process_id: int, start_time: int) -> bool:
 
 
 def _start_time(process: str) -> int | None:
-    """Start time of a process in clock ticks since boot; 0 if it is a zombie, None if the system does not
-    say.
+    """Return the start time of a process in clock ticks since boot.
+
+    Returns 0 for a zombie, and None if the system does not say.
     """
     # The command's name, in parentheses, may contain anything.
     fields = _read(f"/proc/{process}/stat").rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""Live progress bars, on a terminal."""
+"""Progress bars on a terminal, for training, evaluations and downloads."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ from maskwire.nonfatal_output import tell as tell_line
 
 
 class Bar:
-    """Steps, loss, tokens per second and the time left, in one line on stderr."""
+    """A bar on stderr with steps, loss, tokens per second and the time left."""
 
     def __init__(
         self, step: int, until_step: int, elapsed: Callable[[], float], console: Console | None = None
     ) -> None:
-        """`elapsed()` returns the seconds of training so far, without waits for the server."""
+        """Show a bar that starts at `step` and ends at `until_step`.
+
+        `elapsed()` returns the seconds of training so far, without waits for the server.
+        """
         self._tokens, self._elapsed = 0, elapsed
         self._progress = Progress(
             TextColumn("training"),
@@ -48,13 +51,13 @@ class Bar:
         self._progress.start()
 
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
-        """Show that a step was trained."""
+        """Show a trained step: its number, its loss in nats, its number of tokens, and a note."""
         self._tokens += tokens
         rate = f"{self._tokens / self._elapsed():,.0f}"
         self._progress.update(self._task, completed=step, loss=f"{loss:.4f}", rate=rate, note=note)
 
     def say(self, text: str) -> None:
-        """Show a line that stays above the bar."""
+        """Show a line of text that stays above the bar."""
         with contextlib.suppress(OSError):  # the terminal was closed
             self._progress.console.print(text, highlight=False, markup=False)
 
@@ -66,7 +69,11 @@ class Bar:
 
 @contextmanager
 def row_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int, float], None]]:
-    """Yield a function of (rows done, all rows, nats per token) that shows a bar, or lines in a log."""
+    """Yield a function that shows an evaluation's progress: a bar on a terminal, lines on stderr elsewhere.
+
+    Call it with the rows done, the number of all rows, and the nats per token so far. `what` names the work.
+    The function shows nothing if `shown` is False.
+    """
     columns = (MofNCompleteColumn(), TextColumn("[bold]{task.description}[/bold]"))
     began = time.monotonic()
 
@@ -80,7 +87,11 @@ def row_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int, floa
 
 @contextmanager
 def byte_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (bytes done, all bytes) that shows a bar, or lines in a log."""
+    """Yield a function that shows a download's progress: a bar on a terminal, lines on stderr elsewhere.
+
+    Call it with the bytes done and the number of all bytes. `what` names the work. The function shows nothing
+    if `shown` is False.
+    """
 
     def words(done: int, total: int, _: str) -> str:
         return f"{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
@@ -93,7 +104,11 @@ def byte_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], No
 def _progress(
     what: str, columns: Sequence[ProgressColumn], words: Callable[[int, int, str], str], shown: bool
 ) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a function of (done, total, remark): a bar with these columns on a terminal, else `words`."""
+    """Yield a function that shows progress; call it with the amount done, the total and a remark.
+
+    On a terminal it shows a bar with `columns`. Elsewhere it prints, every few seconds, the line that `words`
+    returns for the same arguments. It shows nothing if `shown` is False.
+    """
     if not shown:
         yield lambda *_: None
     elif on_terminal():

@@ -1,4 +1,7 @@
-"""The results of calls: frozen values. Losses are in nats, times in seconds; None means absent, never 0."""
+"""The results of calls, as frozen dataclasses.
+
+Losses are in nats and times in seconds. None means that a value is absent; it never means 0.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ from maskwire.v1.values import (
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Measurements of a step."""
+    """Measurements of a training step: its gradient norm, learning rate, token counts and times."""
 
     gradient_norm: float | None
-    """The gradient's global norm before clipping; None: no update was computed."""
+    """The gradient's global norm before clipping; None if no update was computed."""
     learning_rate: float
     """The learning rate that the step used."""
     masked_tokens: int
@@ -40,25 +43,25 @@ class StepMetrics:
     maskable_tokens: int
     """The number of positions that are neither padding nor prompt."""
     queue_seconds: float
-    """From admission to the start of the computation."""
+    """The time from the step's admission to the start of its computation."""
     compute_seconds: float
-    """Duration of the computation."""
+    """The duration of the computation."""
     commit_seconds: float
-    """From the computation's end until the step was durable."""
+    """The time from the end of the computation until the step was durable."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """A consumed, durable step."""
+    """The result of a training step that the server has processed and recorded durably."""
 
     step: int
     """The step's number, from 1."""
     losses: Losses
-    """Not finite exactly when the outcome says so."""
+    """The step's losses. They can be NaN or infinite if the update was not applied."""
     outcome: Outcome
-    """What became of the step."""
+    """Whether the update was applied, and if not, why."""
     replayed: bool
-    """The answer was recorded by an earlier attempt."""
+    """Whether this answer was recorded for an earlier attempt of the same step."""
     digest: bytes
     """The run's digest after the step, 32 bytes."""
     metrics: StepMetrics
@@ -66,23 +69,23 @@ class StepResult:
 
     @property
     def loss(self) -> float:
-        """The loss that was minimised."""
+        """The loss that the step minimised, in nats."""
         return self.losses.loss
 
     @property
     def generator_loss(self) -> float | None:
-        """The generator's masked cross-entropy."""
+        """The generator's masked cross-entropy, in nats; None if it was not computed."""
         return self.losses.generator_loss
 
     @property
     def critic_loss(self) -> float | None:
-        """The critic's binary cross-entropy."""
+        """The critic's binary cross-entropy, in nats; None if it was not computed."""
         return self.losses.critic_loss
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """The permanent record of a consumed step."""
+    """The server's permanent record of a training step, whether its update was applied or not."""
 
     lineage: int
     """The number of the lineage, from 1."""
@@ -101,46 +104,47 @@ class StepsPage:
     """The run's id."""
     lineage: int
     parent_lineage: int
-    """0 for the first lineage."""
+    """The lineage whose checkpoint was restored to start this one; 0 for the first lineage."""
     start_step: int
     """The step that the lineage started from; its own steps come after it."""
     checkpoint: str
-    """The checkpoint that was restored to start it; empty for the first lineage."""
+    """The checkpoint that was restored to start the lineage; empty for the first lineage."""
     steps: tuple[RecordedStep, ...]
     """The steps of this page, in order."""
     next_page_token: str
-    """Empty on the last page."""
+    """The `page_token` of the next page; empty on the last page."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Result of an evaluation. `nats_per_token` is the negative ELBO, whatever the objective.
+    """The result of an evaluation.
 
-    With the chain rule it is the negative log-likelihood under the requested order.
+    For every objective, `nats_per_token` is the negative ELBO. With the chain rule, it is the negative
+    log-likelihood under the requested order.
     """
 
     losses: Losses
     """The losses that training would report, without augmentation, averaged over the draws."""
     nats_per_token: float
-    """Per maskable token."""
+    """The bound on the negative log-likelihood, or its value with the chain rule, per maskable token."""
     bits_per_token: float
-    """The same in bits."""
+    """`nats_per_token` in bits."""
     perplexity: float
     """exp(nats_per_token)."""
     standard_error: float | None
-    """Of nats_per_token, over the population of rows; None: a single row."""
+    """The standard error of `nats_per_token` over the population of rows; None for a single row."""
     monte_carlo_error: float | None
-    """Of nats_per_token, from the draws alone; None: a single draw."""
+    """The error of `nats_per_token` that comes from the draws alone; None for a single draw."""
     accuracy: float
     """The share of masked positions whose most probable token was right."""
     critic_accuracy: float | None
-    """The share of maskable positions where the critic's sign was right; None: no critic."""
+    """The share of maskable positions where the critic's sign was right; None without a critic."""
     by_masked_fraction: tuple[FractionResult, ...]
-    """Parts of the evaluation by masked fraction, ascending."""
+    """Parts of the evaluation by masked fraction, in ascending order."""
     rows: tuple[RowResult, ...]
-    """Each row's sum, in the order of the rows."""
+    """The sum of each row, in the order of the rows."""
     bits_per_byte: float | None
-    """None unless `text_bytes` was given."""
+    """Bits per byte of text; None unless `text_bytes` was given."""
     tokens: int
     """The number of maskable positions."""
     step: int
@@ -149,38 +153,38 @@ class EvalResult:
     ema_weights: bool
     """Whether the weights were the moving average."""
     draws: int
-    """Draws per row."""
+    """The number of draws per row."""
     sums: LossSums
-    """The sums behind `losses`."""
+    """The sums from which `losses` were computed."""
 
     @property
     def loss(self) -> float:
-        """The configured objective's loss."""
+        """The loss of the configured objective, in nats, as training would report it."""
         return self.losses.loss
 
     @property
     def generator_loss(self) -> float | None:
-        """The generator's masked cross-entropy."""
+        """The generator's masked cross-entropy, in nats; None if it was not computed."""
         return self.losses.generator_loss
 
     @property
     def critic_loss(self) -> float | None:
-        """The critic's binary cross-entropy."""
+        """The critic's binary cross-entropy, in nats; None if it was not computed."""
         return self.losses.critic_loss
 
 
 @dataclass(frozen=True, eq=False)
 class GenerateResult:
-    """Sampled rows, finished or after an unmasking pass."""
+    """Sampled rows: the finished rows, or their state after an unmasking pass."""
 
     tokens: npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]
-    """[rows, columns], or a list of rows that differ in length; the mask id where still masked."""
+    """Token ids [rows, columns], or a list of rows if lengths differ; the mask id at masked positions."""
     unmasking_step: int
-    """Number of the unmasking pass, from 1."""
+    """The number of the unmasking pass, from 1."""
     done: bool
-    """The rows are finished; nothing follows."""
+    """Whether the rows are finished, so that no further result follows."""
     still_masked: tuple[int, ...]
-    """Number of positions still masked, one per row."""
+    """For each row, the number of positions that are still masked."""
     step: int
     """The training step whose weights were sampled."""
     digest: bytes
@@ -189,40 +193,40 @@ class GenerateResult:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file of a checkpoint."""
+    """The size and hash of one file of a checkpoint."""
 
     size_bytes: int
-    """Its size."""
+    """The file's size."""
     sha256: bytes
-    """Its SHA-256, 32 bytes."""
+    """The file's SHA-256, 32 bytes."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A complete checkpoint."""
+    """The description of a complete checkpoint."""
 
     name: str
-    """Its name."""
+    """The checkpoint's name."""
     lineage: int
     step: int
-    """The last step that it contains."""
+    """The last step that the checkpoint contains."""
     digest: bytes
-    """The run's digest after that step, 32 bytes."""
+    """The run's digest after the checkpoint's step, 32 bytes."""
     size_bytes: int
-    """The size of all files."""
+    """The total size of all files."""
     files: dict[str, FileInfo]
-    """Its files by name."""
+    """The checkpoint's files by name."""
     created: datetime
-    """When it was saved, in UTC."""
+    """When the checkpoint was saved, in UTC."""
     labels: dict[str, str]
-    """Texts that were given when it was saved."""
+    """Texts that were given when the checkpoint was saved, by name."""
     score: float | None = None
-    """The rating given when it was saved, lower is better."""
+    """The rating given when the checkpoint was saved, where lower is better; None if none was given."""
 
 
 @dataclass(frozen=True)
 class NewestStep:
-    """What status shows of a step."""
+    """The newest durable step, as a status report describes it."""
 
     step: int
     outcome: Outcome
@@ -234,26 +238,26 @@ class NewestStep:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What the server has counted since its process started; all empty for a server of version 0.1."""
+    """What the server has counted since its process started. All empty for a server of version 0.1."""
 
     newest_step: NewestStep | None = None
-    """The newest step that this process made durable; None: none yet."""
+    """The newest step that the server's process made durable; None if there is none yet."""
     steps: dict[str, int] = field(default_factory=dict)
     """Durable steps by outcome."""
     tokens: int = 0
     """Maskable and prompt tokens of these steps."""
     queue_seconds: float | None = None
-    """Mean time of a step in the queue, over the last minute; None: no step."""
+    """Mean time of a step in the queue, over the last minute; None if there was no step."""
     compute_seconds: float | None = None
-    """Mean time of a step's computation, over the last minute."""
+    """Mean time of a step's computation, over the last minute; None if there was no step."""
     commit_seconds: float | None = None
-    """Mean time from a step's computation until it was durable, over the last minute."""
+    """Mean time from the end of a step's computation until it was durable, over the last minute."""
     recovery_seconds: dict[str, float] = field(default_factory=dict)
-    """Duration of each phase of the server's start."""
+    """Duration of each phase of the server's start, by the phase's name."""
     events_dropped: dict[str, int] = field(default_factory=dict)
-    """Events that each subscriber of telemetry lost."""
+    """The number of telemetry events that each subscriber lost, by the subscriber's name."""
     refused_calls: dict[str, int] = field(default_factory=dict)
-    """Refused calls by reason."""
+    """The number of refused calls by reason."""
 
 
 @dataclass(frozen=True)
@@ -277,14 +281,14 @@ class DeviceShare:
 
 @dataclass(frozen=True)
 class Status:
-    """The run's state, its progress and what it is waiting for."""
+    """A status report: the run's state, its progress and what it is waiting for."""
 
     state: RunState
     """The run's state."""
     state_since: datetime
     """When the state began."""
     waiting_for: str
-    """What the run is waiting for, in words; empty: nothing."""
+    """What the run is waiting for, in words; empty if it waits for nothing."""
     run_id: str
     lineage: int
     step: int
@@ -292,35 +296,35 @@ class Status:
     durable_step: int
     """The last durable step."""
     digest: bytes
-    """The digest after the durable step, 32 bytes."""
+    """The run's digest after the last durable step, 32 bytes."""
     queue_length: int
-    """Queued requests."""
+    """The number of queued requests."""
     queue_limit: int
-    """The most queued requests."""
+    """The most requests that can be queued."""
     steps_per_second: float
-    """Over the last minute."""
+    """Steps per second over the last minute."""
     tokens_per_second: float
-    """Maskable and prompt tokens, over the last minute."""
+    """Maskable and prompt tokens per second over the last minute."""
     last_error: str
-    """Id of the last unexpected error, which the log explains; empty: none."""
+    """The id of the last unexpected error, to search for in the server's log; empty if there is none."""
     writer: str
-    """Name of the client that may train; empty: no session is open."""
+    """The name of the client that may train; empty if no session is open."""
     epoch: int
-    """The number of the newest session; 0: none yet."""
+    """The number of the newest session; 0 if there is none yet."""
     model: ModelInfo | None
-    """None: it is not built yet."""
+    """The served model; None if the server has not built it yet."""
     newest_checkpoint: CheckpointInfo | None
-    """None: there is none."""
+    """The newest checkpoint; None if there is none."""
     versions: dict[str, str]
-    """Versions by name: maskwire, torch, python and the device."""
+    """The versions of maskwire, torch and Python, and the device, by name."""
     uptime_seconds: float
-    """How long the process has run."""
+    """How long the server's process has run."""
     tokenizer: str
-    """Tokenizer of the run's ids: "bytes", or the SHA-256 of a tokenizer file; empty: not recorded."""
+    """The tokenizer of the run's ids: "bytes", or the SHA-256 of a tokenizer file; empty if not recorded."""
     limits: Limits
     """The server's limits on one request."""
     data: dict[str, str] = field(default_factory=dict)
-    """Fingerprint of the training data, in named parts; empty: not recorded."""
+    """The fingerprint of the training data, in named parts; empty if not recorded."""
     inexact_replays: tuple[InexactReplay, ...] = ()
     """Steps that recovery recomputed with results that were close but not equal."""
     digest_version: int = 0
@@ -330,6 +334,6 @@ class Status:
     device_share: DeviceShare = DeviceShare()
     """How the device has been divided between steps and reads."""
     step_timeout_seconds: float = 0.0
-    """How long a step may take before the server counts it as hung; 0: an older server."""
+    """How long a step may take before the server considers it hung; 0 for an older server."""
     mirror: MirrorStatus | None = None
-    """None: the run has no mirror."""
+    """The state of the run's mirror; None if the run has no mirror."""

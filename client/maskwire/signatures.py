@@ -1,4 +1,4 @@
-"""Public calls: errors for unknown keywords, and one signature and docstring for a method of both clients."""
+"""Decorators of public calls: they refuse unknown keywords, and copy signatures and docstrings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def refuse_unknown_keywords(target: F) -> F:
-    """Make a function, or a class with its public methods, name the argument that was probably meant.
+    """Decorate a function, or a class's public methods, to raise TypeError for an unknown keyword.
 
-    Python's own TypeError does so only in newer versions, and not for `**options`.
+    The error names the argument that was probably meant. Python's own TypeError does so only in newer
+    versions, and never for `**options`.
     """
     if not inspect.isclass(target):
         return _checked(target, target)
@@ -28,9 +29,10 @@ def refuse_unknown_keywords(target: F) -> F:
 
 
 def keep_signature(source: Callable[..., Any]) -> Callable[[F], F]:
-    """Give a function the name, docstring and parameters of another one, and refuse other keywords.
+    """Return a decorator that gives a function the name, docstring and parameters of `source`.
 
-    The function keeps its own return annotation, in which `T` stands for what the operation `source` returns.
+    The function then refuses other keywords. It keeps its own return annotation, in which `T` stands for the
+    result of the operation `source`.
     """
 
     def decorate(function: F) -> F:
@@ -48,7 +50,7 @@ def keep_signature(source: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def _checked(function: F, source: Callable[..., Any]) -> F:
-    """Return the function with a check of its keywords against the parameters of `source`."""
+    """Return a function that checks its keywords against `source`'s parameters, then calls `function`."""
     check = _check_of(source, method=next(iter(inspect.signature(function).parameters), "") == "self")
     made: Any
     if inspect.iscoroutinefunction(function):
@@ -71,9 +73,10 @@ def _checked(function: F, source: Callable[..., Any]) -> F:
 def _check_of(
     source: Callable[..., Any], *, method: bool
 ) -> Callable[[tuple[Any, ...], Iterable[str]], None]:
-    """Return a check of a call's arguments. `method`: the first parameter is the object.
+    """Return a function that raises TypeError for keywords which are no parameters of `source`.
 
-    A call with untyped options (`**options: Any`) checks them itself.
+    If `method` is True, the first parameter is `self`. For a `source` with untyped options (`**options: Any`)
+    the returned function does nothing, because `source` checks its options itself.
     """
     known: list[str] = []
     for one in list(inspect.signature(source).parameters.values())[method:]:
@@ -94,6 +97,6 @@ def _check_of(
 
 
 def _result(operation: Callable[..., Any]) -> str:
-    """X of an operation whose annotation is `Operation[X]`, or `Operation[X | None]` for an iterator."""
+    """Return the text X in an operation's annotation `Operation[X]`, or `Operation[X | None]`."""
     annotation: str = operation.__annotations__["return"]
     return annotation.partition("[")[2].removesuffix("]").removesuffix(" | None")

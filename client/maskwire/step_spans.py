@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each step of a writer, whose context is sent to the server."""
+"""OpenTelemetry spans, one for each training step. The span's context is sent to the server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class StepSpan:
-    """The span of one step, from its submission until it is acknowledged."""
+    """The OpenTelemetry span of one training step, from its submission to its acknowledgement."""
 
     def __init__(self, span: Span) -> None:
         from opentelemetry.trace import set_span_in_context
@@ -24,15 +24,15 @@ class StepSpan:
         carrier: dict[str, str] = {}
         TraceContextTextMapPropagator().inject(carrier, set_span_in_context(span))
         self.headers = tuple((key, value) for key, value in carrier.items() if key == tracing.TRACE_HEADER)
-        """What to add to the metadata of the step's calls."""
+        """The entries to add to the gRPC metadata of the step's calls."""
 
     def end(self, step: int) -> None:
-        """End the span: the step was acknowledged."""
+        """End the span of an acknowledged step, and record the step's number in it."""
         self._span.set_attribute("maskwire.step", step)
         self._span.end()
 
     def fail(self, reason: str) -> None:
-        """End the span with an error: the step was refused, or was not sent."""
+        """End the span with an error status, because the step was refused or was not sent."""
         from opentelemetry.trace import Status, StatusCode
 
         self._span.set_status(Status(StatusCode.ERROR, reason))
@@ -40,14 +40,14 @@ class StepSpan:
 
 
 class StepSpans:
-    """Begins spans, as children of the program's own span if it has one."""
+    """Starts the spans of training steps, as children of the program's current span if there is one."""
 
     def __init__(self, tracer: Tracer, target: str) -> None:
         self._tracer = tracer
         self._target = target
 
     def begin(self) -> StepSpan:
-        """Begin the span of a step that is being submitted."""
+        """Start and return the span of a step that is being submitted."""
         from opentelemetry.trace import SpanKind
 
         attributes = {"rpc.system": "grpc", "rpc.method": "TrainStep", "server.address": self._target}
@@ -55,7 +55,7 @@ class StepSpans:
 
 
 def step_spans(target: str) -> StepSpans | None:
-    """Return what begins the spans; None unless the program or the environment configures OpenTelemetry."""
+    """Return a StepSpans for a server; None if neither program nor environment configures OpenTelemetry."""
     provider = tracing.program_provider()
     if provider is None and tracing.configured():
         if missing := tracing.missing():

@@ -1,4 +1,4 @@
-"""Checks of a server's address: gRPC would misread an invalid one, or retry it without success."""
+"""Checks a server's address before gRPC uses it, because gRPC misreads or retries an invalid address."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ _SECURE = {"https", "grpcs"}
 
 
 def check_target(target: str) -> None:
-    """Raise ValueError for an invalid address, with the one that was probably meant.
+    """Raise TypeError or ValueError for an invalid address, naming the address that was probably meant.
 
-    Valid are HOST:PORT, unix:PATH, and gRPC's own names (`unix-abstract:`, `ipv4:`, `ipv6:`, `dns:///`).
+    Valid addresses are HOST:PORT, unix:PATH, and gRPC's own forms (`unix-abstract:`, `ipv4:`, `ipv6:`,
+    `dns:///`, `vsock:` and `xds:///`).
     """
     if not isinstance(target, str):
-        raise TypeError(f"target must be a str, HOST:PORT or unix:PATH, got {type(target).__name__}")
+        raise TypeError(f"target must be a str such as HOST:PORT or unix:PATH, got {type(target).__name__}")
     if problem := _problem(target):
         raise ValueError(f"target must be HOST:PORT or unix:PATH, got {target!r}: {problem}")
 
@@ -37,7 +38,7 @@ def _problem(target: str) -> str:
         tls = ", with TLS (tls=True, --tls, or ca)" if scheme.lower() in _SECURE else ""
         return f"leave {scheme}:// out: {_right(rest.lstrip('/'))}{tls}"
     if re.search(r"[/?#\\]", target):
-        return f"leave out everything behind the port: {_right(target)}"
+        return f"leave out everything after the port: {_right(target)}"
     return _host_port(target)
 
 
@@ -69,7 +70,7 @@ def _own(scheme: str, rest: str) -> str:
 
 
 def _literal(scheme: str, address: str) -> str:
-    """The problem of an address that must be numeric."""
+    """Return what is wrong with an address of an `ipv4:` or `ipv6:` target; empty if it is valid."""
     if problem := _host_port(address):
         return problem
     host = address.rpartition(":")[0]
@@ -82,7 +83,7 @@ def _literal(scheme: str, address: str) -> str:
 
 
 def _right(rest: str) -> str:
-    """The address within a URL."""
+    """Return the HOST:PORT that a URL, or another text with an address, probably means."""
     place = re.split(r"[/?#\\]", rest, maxsplit=1)[0].rpartition("@")[2]
     host, _, port = place.rpartition(":")
     if place and not _host_port(place):

@@ -1,8 +1,8 @@
 """The maskwire server: trains a masked-token model and serves it over gRPC.
 
 There are three groups of packages: `rpc` (gRPC), the run (`engine`, `journal`, `checkpoints`, `recovery`)
-and `training` (torch). They never import one another. `app` joins them, and the values that travel between
-them are in `config`, `errors`, `batch`, `manifest`, `position`, `requests` and `results`.
+and `training` (torch). No group imports another. `app` connects them, and the values that they exchange are
+defined in `config`, `errors`, `batch`, `manifest`, `position`, `requests` and `results`.
 
 `maskwire_server.load` loads a checkpoint as a plain torch module, without a server.
 """

@@ -1,4 +1,4 @@
-"""`python -m maskwire_server` runs the command, for example from a checkout without an installed script."""
+"""Run the command `maskwire-server` with `python -m maskwire_server`, for example in a source checkout."""
 
 from maskwire_server.cli import main
 

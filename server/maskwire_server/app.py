@@ -1,4 +1,4 @@
-"""The server process: builds the parts of the server and joins them."""
+"""The server process: builds the parts of the server and connects them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from maskwire_server.training.device_memory import device_memory
 log = logging.getLogger(__name__)
 
 LAST_SECONDS = 0.5
-"""The time between the report that the process hangs and its exit."""
+"""Seconds between the report that the process hangs and its exit."""
 
 
 def serve(
@@ -64,10 +64,10 @@ def serve(
 ) -> int:
     """Serve one run until SIGTERM or SIGINT, and return the exit code.
 
-    `factory` builds the trainer of a configuration, on the device thread. Default: `build_trainer`. `finish`
-    is called if the process exits without returning here, and its launcher must not restart it; it takes the
-    exit code and returns the one to exit with. `last_error` says why earlier processes of the run ended; the
-    status shows it.
+    `factory` builds the trainer for a configuration, on the device thread (default: `build_trainer`). If the
+    process exits before this function returns, and its launcher must not restart it, `finish` is called with
+    the exit code, and returns the code to exit with. `last_error` says why earlier processes of the run
+    ended; the status reports it.
     """
     began = time.monotonic()
     stop, reread = threading.Event(), threading.Event()
@@ -159,7 +159,10 @@ def serve(
 def serve_rank(
     config: Config, *, accept_inexact_replay: bool = False, accept_lost_history: int | None = None
 ) -> NoReturn:
-    """Run as one rank of the group that a launcher started: the leader serves, the others follow it."""
+    """Run as one rank of the group of processes that a launcher started, and never return.
+
+    The leader serves the run. The other ranks compute what it orders.
+    """
     from maskwire_server.ranks import follower, launcher, process_group
     from maskwire_server.ranks.leader import LeaderTrainer, fatal
     from maskwire_server.ranks.liveness import GRACE_SECONDS
@@ -226,7 +229,7 @@ def serve_rank(
 
 
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
-    """Recompute a run up to a step, and return the exit code."""
+    """Recompute a run up to `to_step`, write the state to `out` if it is given, and return the exit code."""
     try:
         config = effective_config.completed(config)
         info, inexact = state_at_step.rewind(
@@ -259,7 +262,7 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
 
 def build_trainer(config: Config) -> Trainer:
     """Build the configured trainer. Must be called on the device thread."""
-    # torch too is imported on the device thread, because its thread pools belong to the thread that first
+    # torch is imported on the device thread too, because its thread pools belong to the thread that first
     # uses them.
     began = time.monotonic()
     from maskwire_server.training.trainer import TorchTrainer
@@ -283,7 +286,7 @@ def _on_signals(stop: threading.Event, finish: Callable[[int], int]) -> None:
 
 
 def _refresh(server: Server, reread: threading.Event) -> None:
-    """Read certificates and tokens again if they have changed, or at once after SIGHUP."""
+    """Read certificate and token files again if they have changed; after SIGHUP, read all of them at once."""
     now = reread.is_set()
     reread.clear()
     server.refresh_credentials(now=now)
@@ -292,7 +295,11 @@ def _refresh(server: Server, reread: threading.Event) -> None:
 def _stop(engine: Engine, server: Server, seconds: float, finish: Callable[[int], int]) -> int:
     deadline = time.monotonic() + seconds
     if not engine.drain(seconds):
-        log.error("the running step took longer than serve.drain_seconds = %g; exiting without it", seconds)
+        log.error(
+            "the running step or the last checkpoint took longer than serve.drain_seconds = %g s; exiting "
+            "without it; acknowledged steps are durable",
+            seconds,
+        )
         return _leave(finish(EXIT_SLOW))
     server.stop(min(1.0, max(0.0, deadline - time.monotonic())))
     engine.close()
@@ -318,7 +325,7 @@ def _die(finish: Callable[[int], int], error: BaseException) -> NoReturn:
 
 
 def _hung(server: Server, what: str) -> None:
-    """End the process: a hung call cannot be interrupted. Runs on the watchdog's thread."""
+    """End the process, because a hung call cannot be interrupted. Runs on the watchdog's thread."""
     # Exit even if this thread hangs too: the hung thread may hold the log's lock.
     faulthandler.dump_traceback_later(LAST_SECONDS * 10, exit=True)
     server.on_hang()

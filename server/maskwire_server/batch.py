@@ -1,7 +1,7 @@
-"""A validated batch of tokens, and how to train on it.
+"""A validated batch of token ids, and the options for training on it.
 
-`rpc` makes it, `engine` hashes it, `journal` keeps it, `training` computes with it. Letters: b rows,
-n columns.
+`rpc` creates a batch, `engine` hashes it, `journal` stores it, and `training` computes with it. In shapes, b
+is the number of rows and n the number of columns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maskwire.v1.digest import DigestVersion, payload_hash
 # version, bytes per id, rows, columns, lengths, prompt bytes, modes, temperature, learning rate
 _HEADER = struct.Struct("<BBqqqqBdd")
 _PLAIN, _WITH_SEGMENTS = 1, 2
-"""Versions of the encoding: the second has the segment ids, int32 each, after the lengths."""
+"""Versions of the encoding. The second has the segment ids (int32) after the lengths."""
 _ID_TYPES: dict[int, np.dtype[np.integer]] = {
     1: np.dtype("<u1"),
     2: np.dtype("<u2"),
@@ -28,37 +28,40 @@ _ID_TYPES: dict[int, np.dtype[np.integer]] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids, and which of them are padding or prompt.
+    """The token ids of a batch, and which positions are padding or belong to a prompt.
 
-    `lengths` says where rows end when the sender gave lengths; otherwise padding is where ids equal the
-    model's pad id. `prompt_bits` are the packed bits as received.
+    If the sender gave `lengths`, they say where rows end. Otherwise, positions with the model's pad id are
+    padding.
     """
 
     ids: npt.NDArray[np.integer]
-    """The ids as received: int [b, n], or with lengths int [sum of lengths]."""
+    """The ids as received: int [b, n] or, with lengths, int [sum of lengths]."""
     rows: int
-    """b."""
+    """The number of rows, b."""
     columns: int
-    """n."""
+    """The number of columns, n."""
     lengths: npt.NDArray[np.int32] | None = None
-    """int32 [b], or None."""
+    """The number of ids in each row, int32 [b]; None if the sender gave none."""
     prompt_bits: bytes = b""
-    """Bits over [b, n], row-major, least significant first; empty for none."""
+    """One bit per position of [b, n], set in prompts; row-major, least significant first; empty if none."""
     segment_ids: npt.NDArray[np.int32] | None = None
-    """int32, one per id: equal consecutive numbers in a row form a sequence; None: each row is a sequence."""
+    """int32, one per id. Equal consecutive numbers in a row form a sequence; None: each row is a sequence."""
 
     @property
     def tokens(self) -> int:
-        """Positions that hold an id: padding given by lengths does not count."""
+        """The number of ids received. Padding is not counted if the batch has lengths."""
         return int(self.ids.size)
 
     @property
     def sequences(self) -> int:
-        """The number of rows for the objective: that of the segments, or of the rows if there are none."""
+        """The number of sequences for the objective: segments if the batch has them, otherwise rows."""
         return self.rows if self.segment_ids is None else int(self.segments()[0].size)
 
     def segments(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Where each segment starts in the flattened [b, n] grid, and its number of ids: int64 [segments]."""
+        """Return where each segment starts in the flattened [b, n] grid, and its number of ids.
+
+        Both are int64 arrays with one entry per segment.
+        """
         assert self.segment_ids is not None
         ends = self.row_ends()
         first = np.concatenate(([True], self.segment_ids[1:] != self.segment_ids[:-1]))
@@ -69,7 +72,7 @@ class Batch:
         return row * self.columns + at - begins[row], np.diff(np.append(at, self.segment_ids.size))
 
     def row_ends(self) -> npt.NDArray[np.int64]:
-        """Where each row ends in the ids as received, int64 [b]."""
+        """Return the end (exclusive) of each row in the ids as received, int64 [b]."""
         if self.lengths is None:
             return np.arange(1, self.rows + 1, dtype=np.int64) * self.columns
         return self.lengths.cumsum(dtype=np.int64)
@@ -77,7 +80,10 @@ class Batch:
     def dense(
         self, pad_id: int | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """(ids int64 [b, n], valid bool [b, n], prompt bool [b, n]); ids at padding are 0."""
+        """Return the ids, which positions are valid, and which belong to a prompt: three arrays [b, n].
+
+        The ids are int64, and 0 at padding. The other two arrays are bool. Padding is not valid.
+        """
         shape = (self.rows, self.columns)
         if self.lengths is None:
             ids = self.ids.reshape(shape).astype(np.int64)
@@ -96,50 +102,53 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rows to sample: the given ids, and the positions that are unknown."""
+    """Rows to sample: their given ids, and which positions are unknown."""
 
     ids: npt.NDArray[np.int64]
-    """int64 [b, n], 0 where no id is given."""
+    """The given ids, int64 [b, n]; 0 where no id is given."""
     valid: npt.NDArray[np.bool_]
-    """bool [b, n], False at padding."""
+    """Whether a position is not padding, bool [b, n]."""
     known: npt.NDArray[np.bool_]
-    """bool [b, n]: valid and given."""
+    """Whether a position is valid and its id is given, bool [b, n]."""
     lengths: npt.NDArray[np.int32] | None = None
-    """int32 [b], as received; None: not given."""
+    """The lengths of the rows as received, int32 [b]; None if not given."""
 
     @staticmethod
     def nothing(rows: int, columns: int) -> Prompts:
-        """Rows in which no position is given."""
+        """Return rows in which every position is unknown."""
         none = np.zeros((rows, columns), dtype=bool)
         return Prompts(none.astype(np.int64), ~none, none)
 
     @property
     def unknown(self) -> npt.NDArray[np.bool_]:
-        """bool [b, n]: the positions to sample."""
+        """The positions to sample, bool [b, n]."""
         return self.valid & ~self.known
 
 
 @dataclass(frozen=True)
 class Modes:
-    """Which networks a step trains, and its options."""
+    """Which networks (generator, critic) a step trains, and the options of the step."""
 
     only_train_generator: bool = False
     only_train_critic: bool = False
     generator_sample_temperature: float | None = None
-    """None: drawn from U[0, 1) with the step's random generator."""
+    """Temperature of the generator's samples. None: drawn from U[0, 1) with the step's random generator."""
     learning_rate: float | None = None
-    """The learning rate of this step; None: the schedule's."""
+    """The learning rate of this step; None for that of the schedule."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """The inputs of a step, which with the run's state determine its outcome. It is hashed and journalled."""
+    """The inputs of a step: its batch and its modes. They are hashed and recorded in the journal.
+
+    Together with the run's state, they determine the result of the step.
+    """
 
     batch: Batch
     modes: Modes
 
     def hash(self, version: DigestVersion) -> bytes:
-        """The payload hash of `maskwire.v1`, 32 bytes."""
+        """Return the payload hash (32 bytes) that the protocol `maskwire.v1` defines for a digest version."""
         batch, modes = self.batch, self.modes
         return payload_hash(
             batch.ids,
@@ -156,7 +165,7 @@ class Payload:
         )
 
     def encode(self) -> bytes:
-        """The bytes that the journal keeps, the ids as they were received; `decode` reads them."""
+        """Encode the payload for the journal. Ids keep the width in bytes with which they were received."""
         batch, modes = self.batch, self.modes
         id_type = _ID_TYPES[batch.ids.itemsize]
         lengths = np.zeros(0, dtype="<i4") if batch.lengths is None else batch.lengths.astype("<i4")
@@ -183,14 +192,14 @@ class Payload:
 
     @staticmethod
     def decode(data: bytes) -> Payload:
-        """The payload that `encode` wrote. Raises ValueError for another version or a wrong size."""
+        """Decode a payload that `encode` wrote. Raises ValueError or struct.error if it is damaged."""
         version, width, rows, columns, count, prompt_bytes, flags, temperature, rate = _HEADER.unpack_from(
             data
         )
         if version not in (_PLAIN, _WITH_SEGMENTS) or width not in _ID_TYPES:
             raise ValueError(
-                f"payload must have version {_PLAIN} or {_WITH_SEGMENTS} and 1, 2, 4 or 8 bytes per id, got "
-                f"version {version} and {width} bytes"
+                f"an encoded batch must have version {_PLAIN} or {_WITH_SEGMENTS} and 1, 2, 4 or 8 bytes per "
+                f"id, got version {version} and {width} bytes: it is damaged, or a newer version wrote it"
             )
         at = _HEADER.size
         lengths = np.frombuffer(data, dtype="<i4", count=count, offset=at) if count else None
@@ -203,7 +212,7 @@ class Payload:
         prompt = data[at : at + prompt_bytes]
         ids = np.frombuffer(data, dtype=_ID_TYPES[width], offset=at + prompt_bytes)
         if ids.size != expected:
-            raise ValueError(f"payload must hold {expected} ids, got {ids.size}")
+            raise ValueError(f"an encoded batch must hold {expected} ids, got {ids.size}: it is damaged")
         if lengths is None:
             ids = ids.reshape(rows, columns)
         modes = Modes(

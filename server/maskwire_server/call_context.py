@@ -1,4 +1,4 @@
-"""The call that the current thread works on, so that logs and traces can name it."""
+"""The gRPC call that the current thread works on, so that logs and traces can name it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """What identifies a call."""
+    """The number and the request id of a gRPC call, which identify it."""
 
     number: int
-    """The number of the call, counted per process."""
+    """The number of the call, counted from the start of the process."""
     request_id: str = ""
-    """Empty: the request has none."""
+    """The id that the client gave the request; empty if it gave none."""
 
 
 current: ContextVar[CallContext | None] = ContextVar("current", default=None)
-"""None: the thread works on no call."""
+"""The call; None if the thread works on none."""

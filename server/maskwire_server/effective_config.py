@@ -1,7 +1,7 @@
 """The configuration that a run is served with: the operator's, completed from the run's record.
 
-The server imports code only if the operator's own configuration names it, and not because a run directory
-does: the directory may come from somebody else.
+The server imports code only if the operator's own configuration names it. It is not enough that a run
+directory names it, because the directory may come from somebody else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from maskwire_server.recovery import recorded_config
 
 
 def completed(config: Config) -> Config:
-    """The operator's configuration, completed from the run in `run.dir`, or from the folder of a new model.
+    """Complete the operator's configuration from the run in `run.dir` or from the folder of a new model.
 
     Raises ConfigError, and RunDirectoryError if the configuration does not fit the run.
     """
@@ -24,9 +24,10 @@ def completed(config: Config) -> Config:
 
 
 def with_model(config: Config, operators: Config) -> Config:
-    """The configuration, completed from the model's folder if the run is new. Raises ConfigError.
+    """Complete the configuration from the model's folder if the run is new. Raises ConfigError.
 
-    `operators` is the operator's configuration, before it was completed from the run's record.
+    For an existing run, check that code which it names is also named in `operators`, the operator's
+    configuration before it was completed from the run's record.
     """
     if not config.is_recorded:
         return config.model_copy(update={"model": filled_from_folder(config.model)})
@@ -44,7 +45,7 @@ def with_model(config: Config, operators: Config) -> Config:
 def identity(config: Config) -> Callable[[str], bytes] | None:
     """Return a function that makes a new run's canonical configuration from its initial weights' SHA-256.
 
-    None if the run exists, or if its seed makes the weights.
+    Return None if the run exists, or if its initial weights are drawn from the seed.
     """
     if config.is_recorded or config.model.source == "encoder":
         return None
@@ -52,7 +53,7 @@ def identity(config: Config) -> Callable[[str], bytes] | None:
 
 
 def with_schedule(config: Config, operators: Config) -> Config:
-    """The configuration of a run with the fingerprint of its schedule, if that is a user's function.
+    """Return a run's configuration with the fingerprint of its schedule, if this is a user's function.
 
     Imports and checks the function. `operators` is the operator's configuration, before it was completed from
     the run's record: the server imports no code that only a run directory names. Raises ConfigError, and
@@ -72,7 +73,7 @@ def with_schedule(config: Config, operators: Config) -> Config:
     if objective.schedule_sha256 not in (None, found):
         raise RunDirectoryError(
             f"objective.schedule: the function {objective.schedule!r} is not the one that the run in "
-            f"{config.run.dir} was created with: the SHA-256 of its values is {found}, recorded is "
-            f"{objective.schedule_sha256}; put the function back, or start a new run in an empty directory"
+            f"{config.run.dir} was created with: the SHA-256 of its values is {found}, but the run recorded "
+            f"{objective.schedule_sha256}; restore the function, or start a new run in an empty directory"
         )
     return config.model_copy(update={"objective": objective.model_copy(update={"schedule_sha256": found})})

@@ -1,4 +1,4 @@
-"""The error that ends a command, as its user or a collector of logs reads it."""
+"""Writes the error that ends a command, for its user or for a log collector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def say(error: object) -> None:
-    """Write an error to stderr, one line per problem; to the log if it is JSON."""
+    """Write an error to stderr, one line per problem; with JSON logging, write it to the log instead."""
     for line in str(error).splitlines():
         if writes_json():
             log.critical("%s", line)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reason:
-    """How a refusal is sent."""
+    """The gRPC status of a refusal, and when the client may retry the call."""
 
     status: str
     """The name of the `grpc.StatusCode`."""
@@ -71,10 +71,10 @@ class MaskwireError(Exception):
 
 
 class Refused(MaskwireError):
-    """A call is refused, and nothing has changed.
+    """The server refuses a call, and has changed nothing.
 
-    `metadata` holds each value that the message contains, `fields` the invalid fields and what would be
-    valid (BadRequest).
+    `metadata` holds the values that the message contains. `fields` holds the message about each invalid
+    field, by the field's name, and is sent as BadRequest.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Refused(MaskwireError):
 
 
 def invalid_field(field: str, message: str, **metadata: object) -> Refused:
-    """A refusal with INVALID_FIELD; `message` begins with the field's name and says what would be valid."""
+    """The refusal of an invalid field; `message` must begin with its name and say what would be valid."""
     return Refused("INVALID_FIELD", message, fields={field: message}, field=field, **metadata)
 
 
@@ -102,7 +102,10 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAG
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Whether the process or machine ran out of open files or memory, so that a file may still be intact."""
+    """Whether an error means that the process or machine ran out of open files or memory.
+
+    A file that could not be read for this reason may be intact.
+    """
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
 
 

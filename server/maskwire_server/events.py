@@ -1,4 +1,4 @@
-"""The events of a run, which the engine and the service publish, and the interface of their subscribers.
+"""The events that the engine and the service publish, and the interface of subscribers.
 
 `time` is the end of the reported activity, in seconds since the Unix epoch; durations are in seconds. No
 event contains an access token, and only `Generated` contains token ids.
@@ -17,7 +17,7 @@ from maskwire.v1.values import Losses, Outcome, RunState
 
 @dataclass(frozen=True, slots=True)
 class StepCommitted:
-    """A step became durable. `time` is when; it began `queue + compute + commit` seconds earlier."""
+    """A step became durable at `time`. It arrived `queue + compute + commit` seconds earlier."""
 
     time: float
     run_id: str
@@ -34,12 +34,12 @@ class StepCommitted:
     commit_seconds: float
     request_id: str | None = None
     call: int = 0
-    """The number of the call that sent the step, as in `CallEnded`; 0: no call sent it."""
+    """The number of the call that sent the step, as in `CallEnded`; 0 if no call sent it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StateChanged:
-    """The run entered a state."""
+    """The run entered another state."""
 
     time: float
     state: RunState
@@ -48,9 +48,9 @@ class StateChanged:
 
 @dataclass(frozen=True, slots=True)
 class LineageOpened:
-    """The run's history continues from `step` on `lineage`: the process started, or restored a checkpoint.
+    """The process started, or restored a checkpoint: the history continues after `step` on `lineage`.
 
-    Steps after `step` that were published before no longer belong to the history.
+    Steps after `step` that were published earlier no longer belong to the history.
     """
 
     time: float
@@ -61,7 +61,7 @@ class LineageOpened:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointWritten:
-    """A checkpoint is complete and verified. `seconds` covers writing, not the copy on the device."""
+    """A checkpoint is complete and verified. `seconds` covers writing, not copying from the device."""
 
     time: float
     name: str
@@ -74,7 +74,7 @@ class CheckpointWritten:
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPhase:
-    """A phase of the start ended; `phase` is one of RECOVERY_PHASES."""
+    """A phase of startup ended; `phase` is one of RECOVERY_PHASES."""
 
     time: float
     phase: str
@@ -86,7 +86,7 @@ RECOVERY_PHASES = ("build", "open", "load", "replay", "warm_up", "save")
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The journal made a transaction durable, which grouped `commits` queued commits."""
+    """The journal made a transaction durable, in which it wrote `commits` queued commits."""
 
     time: float
     seconds: float
@@ -113,7 +113,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generated:
-    """A call of Generate was finished."""
+    """A call of Generate finished."""
 
     time: float
     run_id: str
@@ -131,12 +131,12 @@ MOST_SAMPLES = 4
 
 
 OTHER_METHOD = "other"
-"""Stands for the method of a rejected call to another service, whose name may be any text."""
+"""Replaces the method of a rejected call to another service, because a client can send any name."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """A call of the service ended: with code OK, or refused with a reason. `time` is when."""
+    """A call of the service ended at `time`: with code OK, or refused with a reason."""
 
     time: float
     method: str
@@ -146,11 +146,11 @@ class CallEnded:
     """A key of `errors.REASONS`; empty for OK."""
     seconds: float
     request_id: str = ""
-    """Empty: the request has none."""
+    """Empty if the request has none."""
     call: int = 0
     """The number of the call, counted per process."""
     trace: str = ""
-    """The W3C `traceparent` in the call's metadata; empty: it had none."""
+    """The W3C `traceparent` in the call's metadata; empty if there was none."""
 
 
 Event = (
@@ -175,10 +175,10 @@ class Subscriber(Protocol):
     """The types of events that it receives."""
 
     def receive(self, event: Event) -> None:
-        """Handle an event. What it raises is logged, and the event counts as dropped."""
+        """Handle an event. If this raises an error, the error is logged and the event counts as dropped."""
 
     def idle(self) -> bool:
-        """Called when no event is waiting. Returns whether to call it again in a second without an event."""
+        """Called when no event is waiting. Returns whether to call it again after a second without events."""
 
     def close(self) -> None:
         """Called after the last event."""

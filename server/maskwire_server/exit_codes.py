@@ -7,7 +7,7 @@ EXIT_FAILURE, EXIT_HUNG, EXIT_DEVICE = 70, 71, 72
 EXIT_CODES = {  # acknowledged steps are safe in each case
     0: "success; `serve` stopped cleanly",
     1: "`check`: the model does not fit in memory; `verify`: something is damaged; `serve`: it hung, and so "
-    "did the thread that notices; start the server again",
+    "did the thread that detects this; start the server again",
     EXIT_CONFIG: "the configuration, a certificate or a token file is invalid; stderr says what is wrong",
     EXIT_RUN_DIRECTORY: "the run directory cannot be used: another server uses it, it is damaged, or the run "
     "has another model, objective or seed than the configuration",

@@ -1,4 +1,4 @@
-"""The formats in which weights can be exported, and the models that each is for."""
+"""The formats in which weights can be exported, and which models fit each format."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FITTING: dict[str, str] = {
 
 
 def check(model: ModelConfig, to: Format, *, merged: bool) -> None:
-    """Raise ValueError if a model cannot be exported in a format. The error names the formats for it."""
+    """Raise ValueError if a model cannot be exported in a format. The message names formats that fit."""
     if merged and (model.lora is None or to != "huggingface"):
         why = "the run trains no adapters ([model.lora])" if model.lora is None else f"--to is {to!r}"
-        raise ValueError(f"--merged is for adapters with --to huggingface, but {why}; leave it out")
+        raise ValueError(f"--merged is for adapters exported with --to huggingface, but {why}; omit --merged")
     source = "lora" if model.lora is not None else model.source
     fits = {
         "maskwire": True,

@@ -1,7 +1,7 @@
 """Failpoints: named places at which a test can stop, delay or fail the process.
 
-After etcd's gofail. Only a test's own server process calls `install`: no setting or environment variable
-does, so that failpoints do nothing in production.
+The idea comes from etcd's gofail. Only the server process of a test calls `install`: no setting or
+environment variable does, so failpoints do nothing in production.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NAMES = (
 )
 
 RANK_NAMES = ("rank.ordering", "rank.ordered", "rank.carried_out")
-"""Where the leader sends an order, where a rank has received one, and where it has carried it out."""
+"""Where the leader sends an order, where a rank has received it, and where the rank has carried it out."""
 
 SHARD_NAMES = (
     "shard.ordered",
@@ -74,18 +74,18 @@ MIRROR_NAMES = (
     "mirror.fetching",
     "mirror.fetched",
 )
-"""Those of a server that has a mirror."""
+"""The failpoints of a server that has a mirror."""
 
 _action: Callable[[str], None] | None = None
 
 
 def install(action: Callable[[str], None] | None) -> None:
-    """Call `action` with the name of each failpoint that the process passes; None removes it."""
+    """From now on, call `action` with the name of each failpoint passed; None removes the action."""
     global _action
     _action = action
 
 
 def passing(name: str) -> None:
-    """Run the installed action, if any, for a failpoint."""
+    """Call the installed action, if any, with the name of a failpoint."""
     if _action is not None:
         _action(name)

@@ -1,4 +1,4 @@
-"""What the folder of a masked language model says about the model, read without torch or transformers.
+"""Reads the description of a masked language model from its folder, without torch or transformers.
 
 The run records the model's config.json, so that a restarted server needs neither the folder nor the network.
 """
@@ -29,9 +29,10 @@ _FIRST_POSITION_AFTER_PAD = (
 
 
 def filled_from_folder(model: ModelConfig) -> ModelConfig:
-    """The [model] section, completed from the folder: config, vocabulary, mask and pad ids, longest row.
+    """Complete the [model] section from the model's folder, and return it.
 
-    Settings of the section take precedence. Raises ConfigError that names what is missing.
+    The folder provides config.json, the size of the vocabulary, the ids of the mask and pad tokens, and the
+    length of the longest row. Settings in the section take precedence. Raises ConfigError if one is missing.
     """
     source = model.huggingface
     if source is None or source.config:
@@ -53,7 +54,7 @@ def filled_from_folder(model: ModelConfig) -> ModelConfig:
         ("max_seq_len", "config.json has no max_position_embeddings"),
     ):
         if found[key] is None:
-            raise ConfigError(f"model.{key}: must be set, because {where}, got none")
+            raise ConfigError(f"model.{key}: must be set, because {where}")
     others = [found["mask_id"]]
     for key in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
         ids = config.get(key)
@@ -70,7 +71,7 @@ def filled_from_folder(model: ModelConfig) -> ModelConfig:
 
 
 def _folder(source: HuggingFaceConfig) -> Path:
-    """The local folder, or config.json, of the model. Downloads a model of the hub."""
+    """The path of the model's local folder or config.json. A model on the hub is downloaded first."""
     path = Path(source.path).expanduser()
     if path.exists():
         return path
@@ -83,7 +84,7 @@ def _folder(source: HuggingFaceConfig) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise ConfigError(
-            f"model.huggingface.path: {source.path!r} is no folder here; to load it from the hub, install: "
+            f"model.huggingface.path: {source.path!r} is not a folder here; to load it from the hub, run: "
             'pip install "maskwire[huggingface]"'
         ) from error
     try:
@@ -91,8 +92,8 @@ def _folder(source: HuggingFaceConfig) -> Path:
         return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ConfigError(
-            f"model.huggingface.path: {source.path} is no folder here and cannot be loaded from the hub: "
-            f"{error}"
+            f"model.huggingface.path: {source.path} is not a folder here and cannot be loaded from "
+            f"the hub; check the name and the connection: {error}"
         ) from error
 
 
@@ -100,14 +101,14 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.huggingface.path: {path} cannot be read: {error}") from error
+        raise ConfigError(f"model.huggingface.path: {path} must be a readable JSON file: {error}") from error
     if not isinstance(found, dict) or "model_type" not in found:
-        raise ConfigError(f"model.huggingface.path: {path} must have a model_type, as transformers writes it")
+        raise ConfigError(f"model.huggingface.path: {path} must be a transformers config with model_type")
     return found
 
 
 def _special_tokens(folder: Path) -> dict[str, int]:
-    """The ids of the mask and pad tokens, from the files of the tokenizer."""
+    """Read the ids of the mask and pad tokens from the tokenizer's files. Omits a token without an id."""
     contents: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         for key, value in _optional_json(folder / name).items():
@@ -134,7 +135,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.huggingface.path: {path} cannot be read: {error}") from error
+        raise ConfigError(f"model.huggingface.path: {path} must be a readable JSON file: {error}") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -28,15 +28,16 @@ class Manifest:
     info: CheckpointInfo
     run_id: str
     automatic: bool
-    """Whether retention may delete it: saved by the server itself, or with a score and without a name."""
+    """Whether retention may delete the checkpoint: the server decided to save it, or a client saved it with a
+    score and without a name."""
     request_id: str | None
     configuration: dict[str, Any]
     """The sections [model], [objective] and [optimizer]; not [serve], which concerns only the server."""
     versions: dict[str, str]
     inexact_replays: tuple[InexactReplay, ...] = ()
-    """Steps of its history that were replayed, but not to the recorded bytes."""
+    """Steps of the checkpoint's history whose replay gave other bytes than the recorded ones."""
     save_id: str | None = None
-    """The id under which the journal recorded the save; None: saved by version 0.1, or outside the run."""
+    """The id under which the journal recorded the save; None if the save was not recorded."""
     format: int = WHOLE
     """`WHOLE` or `SHARDED`."""
 
@@ -67,7 +68,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
-        """Parse what `to_json` wrote. Raises ValueError if it was changed, or has an unknown format."""
+        """Parse the bytes of a manifest. Raises ValueError if they were changed, or the format is unknown."""
         body = json.loads(data)
         if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
             raise ValueError("the manifest does not match its own hash")
@@ -109,7 +110,7 @@ class Manifest:
 
 
 def _score(body: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 had no score."""
+    """Migrate a manifest from format 1, which had no score, to format 2."""
     return {**body, "format": 2, "score": None}
 
 

@@ -27,7 +27,7 @@ class SessionRef:
 
 @dataclass(frozen=True)
 class SessionRequest:
-    """Open a session, which makes the client the run's writer."""
+    """A request to open a session, which makes the client the run's writer."""
 
     client_name: str
     nonce: str
@@ -44,7 +44,7 @@ class SessionRequest:
     process: ClientProcess | None = None
     """The client's process; None: not given."""
     gone_epoch: int | None = None
-    """The epoch to take over from: the client found that the process of its holder has ended."""
+    """The epoch to take over from, because the client found that the process of its holder has ended."""
     evaluated_step: int = 0
     """The last step that the writer has evaluated; 0: not given."""
     digest_versions: tuple[int, ...] = VERSIONS
@@ -53,7 +53,7 @@ class SessionRequest:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """Train one step. Only the payload is required."""
+    """A request to train one step. Only the payload is required."""
 
     payload: Payload
     session: SessionRef | None = None
@@ -63,29 +63,29 @@ class StepRequest:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Evaluate a batch, without changing the run."""
+    """A request to evaluate a batch without changing the run."""
 
     batch: Batch
     options: EvalOptions
     credential: str = ""
-    """Names the caller's token or certificate without revealing it; empty: it has none."""
+    """A name for the caller's token or certificate that does not reveal it; empty: the caller has none."""
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Sample rows, without changing the run."""
+    """A request to sample rows without changing the run."""
 
     prompts: Prompts
     options: GenerateOptions
     every_step: bool = False
     """Answer after each unmasking pass, not only after the last."""
     credential: str = ""
-    """As in `EvalRequest`."""
+    """The same as in `EvalRequest`."""
 
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """Save a checkpoint."""
+    """A request to save a checkpoint."""
 
     name: str | None = None
     request_id: str | None = None
@@ -97,7 +97,7 @@ class SaveRequest:
 
 @dataclass(frozen=True)
 class RestoreRequest:
-    """Return the run to a checkpoint."""
+    """A request to restore the run from a checkpoint."""
 
     name: str
     request_id: str | None = None
@@ -107,11 +107,11 @@ class RestoreRequest:
 
 @dataclass(frozen=True)
 class DownloadRequest:
-    """Download the files of a checkpoint."""
+    """A request to download the files of a checkpoint."""
 
     name: str
     weights_only: bool = False
     file: str | None = None
     """Only this file; None: all files."""
     offset: int = 0
-    """Where to start in `file`, in bytes."""
+    """The position in `file` at which to start, in bytes."""

@@ -19,7 +19,7 @@ class StepResult:
     outcome: Outcome
     losses: Losses
     gradient_norm: float | None = None
-    """Before clipping; None when no gradient was computed."""
+    """The norm before clipping; None if no gradient was computed."""
     learning_rate: float = 0.0
     masked_tokens: int = 0
     maskable_tokens: int = 0
@@ -27,7 +27,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How to evaluate a batch."""
+    """The options of an evaluation."""
 
     row_ids: tuple[int, ...]
     """One global id per row, which seeds the row's draws."""
@@ -39,7 +39,7 @@ class EvalOptions:
     raw_weights: bool = False
     text_bytes: int | None = None
     chain_rule: bool = False
-    """Compute the exact likelihood under an order of the positions, not the bound; `draws` counts orders."""
+    """Compute the exact likelihood in an order of the positions, not the bound; `draws` counts orders."""
     random_order: bool = False
     """With `chain_rule`: random orders, not left to right."""
 
@@ -76,7 +76,7 @@ class Order(enum.IntEnum):
 
 
 class SelfCondMode(enum.IntEnum):
-    """The self-conditioning of an unmasking pass, numbered as in `maskwire.v1.SelfCondMode`."""
+    """How an unmasking pass is self-conditioned, numbered as in `maskwire.v1.SelfCondMode`."""
 
     TWO_PASS = 1
     CARRY = 2
@@ -84,19 +84,19 @@ class SelfCondMode(enum.IntEnum):
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to sample rows."""
+    """The options of a generation."""
 
     row_seeds: tuple[int, ...]
-    """One per row."""
+    """One seed per row."""
     steps: int = 0
-    """Unmasking passes; 0: one position per pass."""
+    """The number of unmasking passes; 0: one position per pass."""
     order: Order = Order.RANDOM
     temperature: float = 1.0
     """The temperature of each pass, unless there is a start_temperature."""
     start_temperature: float | None = None
     """The temperature at the start, which falls to 0 over the passes; None: it is constant."""
     top_k: int = 0
-    """0: no limit."""
+    """The number of most probable ids to sample from; 0: no limit."""
     top_p: float = 1.0
     choice_temperature: float | None = None
     """The temperature of the noise on the order; None: the default of the order."""
@@ -107,25 +107,25 @@ class GenerateOptions:
 
 @dataclass(frozen=True, eq=False)
 class GenerationState:
-    """Rows after an unmasking pass."""
+    """The rows of a generation after an unmasking pass."""
 
     ids: npt.NDArray[np.integer]
-    """[b, n] in the narrowest type: the mask id where still masked, the pad id or 0 at padding."""
+    """Shape [b, n], in the narrowest type. The mask id where still masked, the pad id or 0 at padding."""
     still_masked: tuple[int, ...]
-    """Positions still masked, per row."""
+    """The number of positions still masked, per row."""
     unmasking_step: int
-    """Counted from 1."""
+    """The number of the pass, counted from 1."""
     ema_weights: bool = False
 
     @property
     def done(self) -> bool:
-        """Whether no position is masked any more."""
+        """Whether all positions are unmasked."""
         return not any(self.still_masked)
 
 
 @dataclass(frozen=True)
 class SessionAnswer:
-    """The opened session, and the state of the run."""
+    """The answer to OpenSession: the new session and the state of the run."""
 
     run_id: str
     lineage: int
@@ -149,7 +149,7 @@ class SessionAnswer:
 
 @dataclass(frozen=True)
 class StepAnswer:
-    """The answer to a step that is durable, whatever its outcome."""
+    """The answer to TrainStep, which is sent when the step is durable, whatever its outcome."""
 
     step: int
     result: StepResult
@@ -162,7 +162,7 @@ class StepAnswer:
 
 @dataclass(frozen=True)
 class EvalAnswer:
-    """An evaluation, with the step and digest of the weights that were evaluated."""
+    """The answer to EvalLoss: the result, with the step and digest of the evaluated weights."""
 
     result: EvalResult
     step: int
@@ -171,7 +171,7 @@ class EvalAnswer:
 
 @dataclass(frozen=True, eq=False)
 class GenerateAnswer:
-    """Rows after an unmasking pass, with the step and digest of the weights that were sampled."""
+    """An answer to Generate: rows after an unmasking pass, with the step and digest of the weights used."""
 
     state: GenerationState
     step: int
@@ -179,14 +179,14 @@ class GenerateAnswer:
 
 
 FROZEN_FILE = "frozen.safetensors"
-"""The file of weights that are never trained. All checkpoints of a run have the same one, stored once."""
+"""The file of weights that are never trained. It is the same in all checkpoints of a run and stored once."""
 WEIGHT_FILES = ("model.safetensors", "ema.safetensors")
 """The weight files of a checkpoint: as trained, and their moving average if there is one."""
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file of a checkpoint."""
+    """The name, size and SHA-256 of a file of a checkpoint."""
 
     name: str
     size_bytes: int
@@ -195,7 +195,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A complete checkpoint."""
+    """The description of a complete checkpoint."""
 
     name: str
     lineage: int
@@ -206,17 +206,17 @@ class CheckpointInfo:
     """Seconds since the Unix epoch."""
     labels: dict[str, str] = field(default_factory=dict)
     score: float | None = None
-    """The client's score, lower is better; None: not given."""
+    """The client's score, of which lower is better; None: not given."""
 
     @property
     def size_bytes(self) -> int:
-        """The total size of its files."""
+        """The total size of the checkpoint's files, in bytes."""
         return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file of a checkpoint."""
+    """A part of a checkpoint's file, as a download sends it."""
 
     file: FileInfo
     offset: int

@@ -1,4 +1,4 @@
-"""Figures of a run: what status, metrics and the command line show, counted once for all of them."""
+"""Figures of a run, counted once and shown by the status, the metrics and the command line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from maskwire.v1.values import Outcome
 from maskwire_server.events import StepCommitted
 
 STEP_PHASES = ("queue", "compute", "commit")
-"""A step waits, is computed, and becomes durable."""
+"""The phases of a step: it waits in the queue, is computed, and becomes durable."""
 
 
 @dataclass(frozen=True)
 class HistogramFigures:
-    """A distribution of seconds."""
+    """A histogram of durations, in seconds."""
 
     bounds: tuple[float, ...]
     """The upper ends of the buckets, inclusive; the last bucket has none."""
@@ -25,13 +25,13 @@ class HistogramFigures:
 
     @property
     def count(self) -> int:
-        """The number of values."""
+        """The number of values in all buckets."""
         return sum(self.counts)
 
 
 @dataclass(frozen=True)
 class Recent:
-    """Figures of the last minute: speed, and mean seconds per step, which are None without a step."""
+    """The speed of the last minute, and the mean seconds of its steps by phase; None if it had no step."""
 
     steps_per_second: float
     tokens_per_second: float
@@ -45,7 +45,7 @@ NOTHING_RECENT = Recent(0.0, 0.0)
 
 @dataclass(frozen=True)
 class RunFigures:
-    """Figures counted since the process started."""
+    """Figures of a run, counted since the server process started."""
 
     recent: Recent = NOTHING_RECENT
     steps: Mapping[Outcome, int] = field(default_factory=dict)
@@ -54,12 +54,12 @@ class RunFigures:
     """Maskable and prompt tokens of the durable steps."""
     newest_step: StepCommitted | None = None
     step_seconds: Mapping[str, HistogramFigures] = field(default_factory=dict)
-    """The time of each phase of a step, by phase, one of STEP_PHASES."""
+    """The durations of the steps, by phase, one of STEP_PHASES."""
     commit_seconds: HistogramFigures | None = None
-    """The time of the journal's transactions."""
+    """The durations of the journal's transactions."""
     checkpoint_seconds: HistogramFigures | None = None
     recovery_seconds: Mapping[str, float] = field(default_factory=dict)
-    """By phase of the start, one of events.RECOVERY_PHASES; a phase that was not needed is absent."""
+    """The time of each phase of the start, one of events.RECOVERY_PHASES, without phases that did not run."""
     calls: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
     """Calls that ended, by method, status code and reason."""
     events_dropped: Mapping[str, int] = field(default_factory=dict)

@@ -28,7 +28,7 @@ class DeviceShare:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """State, progress and what the run is waiting for."""
+    """The state and progress of a run, and what the run is waiting for."""
 
     state: RunState
     state_since: float
@@ -59,7 +59,7 @@ class RunStatus:
     figures: RunFigures = field(default_factory=RunFigures)
     device_share: DeviceShare = DeviceShare(0.0, 0.0, 0.0, 0, 0, 0)
     computing_seconds: float = 0.0
-    """For how long the computation that is under way has made no progress; 0: none is under way."""
+    """How long the current computation has made no progress; 0: nothing is being computed."""
     step_timeout_seconds: float = 0.0
     """How long a step may take before the process counts as hung."""
     mirror: MirrorStatus | None = None

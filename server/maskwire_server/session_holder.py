@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ClientProcess:
-    """A client's process, as the client reported it; see the proto."""
+    """A client's process, as the client reported it. The proto describes each field."""
 
     host: str
     process_id: int
@@ -20,16 +20,16 @@ class ClientProcess:
 
 @dataclass(frozen=True)
 class Holder:
-    """The client that holds, or held, an epoch."""
+    """The client that holds, or held, the writer's session of an epoch."""
 
     client_name: str
     epoch: int
     process: ClientProcess | None = None
-    """None: not reported."""
+    """The client's process; None: not reported."""
 
     @property
     def where(self) -> str:
-        """Its host and process for a message, with a leading space; empty if they are not known."""
+        """The host and process of the client for a message, with a leading space; empty if not known."""
         process = self.process
         return f" (host {process.host}, process {process.process_id})" if process else ""
 
@@ -37,7 +37,7 @@ class Holder:
         return f"{self.client_name!r}{self.where}"
 
     def metadata(self) -> dict[str, Any]:
-        """Error metadata: `epoch`, `writer`, and each field of its process as `writer_…`."""
+        """Return metadata for an error: `epoch`, `writer`, and each field of the process as `writer_NAME`."""
         fields = asdict(self.process) if self.process else {}
         named = {f"writer_{name}": value for name, value in fields.items()}
         return {"epoch": self.epoch, "writer": self.client_name, **named}

@@ -24,7 +24,7 @@ class StepsRequest:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A recorded step."""
+    """A step, as the journal records it."""
 
     step: int
     outcome: Outcome
@@ -46,4 +46,4 @@ class StepsPage:
     next_step: int | None
     """The first step of the next page; None on the last page."""
     seconds: float = 0.0
-    """How long the committer took to read it."""
+    """How long the committer took to read the page."""

@@ -1,4 +1,4 @@
-"""The tokenizer's files of a Hugging Face model. The run directory keeps them, so that an export has them.
+"""Copies the tokenizer files of a Hugging Face model into the run directory, from where an export takes them.
 
 A restarted server and an export then need neither the model's folder nor the network.
 """
@@ -14,7 +14,7 @@ from maskwire_server.config import Config, HuggingFaceConfig
 log = logging.getLogger(__name__)
 
 FOLDER = "tokenizer"
-"""The folder in the run directory."""
+"""The name of the folder in the run directory."""
 _PATTERNS = (
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
     "chat_template*",
@@ -22,7 +22,10 @@ _PATTERNS = (
 
 
 def keep(config: Config) -> None:
-    """Copy the files into the directory of a run that has none yet. Does nothing if the model has none."""
+    """Copy the model's tokenizer files into the run directory if it has none yet and the model has some.
+
+    A failed copy is only logged, because the run does not need the files.
+    """
     source, folder = config.model.huggingface, config.run.dir / FOLDER
     if source is None or folder.exists():
         return
@@ -34,25 +37,25 @@ def keep(config: Config) -> None:
             draft.mkdir()
             copy(found, draft)
             draft.rename(folder)
-    except OSError as error:  # the run does not need them
+    except OSError as error:
         log.warning("the tokenizer of %s could not be copied to %s: %s", source.path, folder, error)
 
 
 def files(folder: Path | None) -> list[Path]:
-    """The tokenizer's files in a folder."""
+    """The paths of the tokenizer files in a folder, sorted; empty if the folder does not exist."""
     if folder is None or not folder.is_dir():
         return []
     return sorted({path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()})
 
 
 def copy(found: list[Path], to: Path) -> None:
-    """Copy files into a folder. Raises OSError."""
+    """Copy the files `found` into the folder `to`. Raises OSError."""
     for path in found:
         shutil.copyfile(path, to / path.name)
 
 
 def _local(source: HuggingFaceConfig) -> Path | None:
-    """The model's folder, or the cached folder of a model from the hub. Uses no network."""
+    """The model's folder, or its folder in the hub's cache; None if neither exists. Uses no network."""
     path = Path(source.path).expanduser()
     if path.exists():
         return path

@@ -45,12 +45,12 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
     try:
         if hosted and gains != "auto":
             raise ValueError(
-                "--gains is for the built-in encoder; for source x-transformers, set "
-                f"model.x_transformers.norm_add_unit_offset, got --gains {gains}"
+                f"--gains is for the built-in encoder, got --gains {gains} and source x-transformers; set "
+                "model.x_transformers.norm_add_unit_offset instead"
             )
         if config.model.source not in ("encoder", "x-transformers"):
             raise ValueError(
-                f"model.source must be encoder or x-transformers to import, got {config.model.source!r}"
+                f"model.source must be encoder or x-transformers for an import, got {config.model.source!r}"
             )
         tensors = weight_files.read(source)
         if hosted:
@@ -64,7 +64,7 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
         config = with_schedule(imported, config)
         trainer = build_trainer(config)
         trainer.adopt(found.weights)  # type: ignore[attr-defined]
-        # Not written to the configuration file: the run records it.
+        # The hash is not written to the configuration file, because the run records it.
         recorded = config.with_weights(trainer.begin())
     except (ConfigError, RunDirectoryError, ValueError, OSError) as error:
         say(error)
@@ -115,8 +115,9 @@ def export(
 ) -> int:
     """Write the weights of a run's checkpoint to `out`, and return the exit code.
 
-    `to` is the format: a folder for `maskwire_server.load`, an x-transformers state dict in safetensors, or a
-    folder of transformers or peft. `merged` merges adapters into the model's weights.
+    `name` is the checkpoint; None: the newest. `to` is the format: a folder for `maskwire_server.load`, an
+    x-transformers state dict in safetensors, or a folder of transformers or peft. With `merged`, adapters are
+    merged into the model's weights.
     """
     checkpoints = Checkpoints(run_dir)
     try:
@@ -130,12 +131,12 @@ def export(
 def export_folder(
     folder: Path, out: Path, *, to: Format, weights: Literal["auto", "ema", "raw"], merged: bool = False
 ) -> int:
-    """Do what `export` does for the folder of a checkpoint, in a run directory or downloaded."""
+    """Export the checkpoint in a folder, as `export` does. It may be downloaded, or in a run directory."""
     from maskwire_server.training.models import standalone_model
 
     try:
         if out.exists():
-            raise ValueError(f"{out} exists; choose another name")
+            raise ValueError(f"{out} already exists; choose another name")
         manifest = standalone_model.manifest(folder)
         model, _ = recorded_sections(manifest.configuration)
         export_format.check(model, to, merged=merged)
@@ -171,7 +172,10 @@ def _write(
                 if file.name in (*WEIGHT_FILES, FROZEN_FILE):
                     shutil.copyfile(folder / file.name, draft / file.name)
                     if describe(draft / file.name) != file:
-                        raise ValueError(f"{folder / file.name} does not match the manifest's SHA-256")
+                        raise ValueError(
+                            f"{folder / file.name} does not match the manifest's SHA-256; copy the "
+                            "checkpoint again"
+                        )
             shutil.copyfile(folder / MANIFEST, draft / MANIFEST)
         return []
     module = standalone_model.load(folder, weights=weights)  # checks the SHA-256 hashes
@@ -203,7 +207,7 @@ def _draft(out: Path) -> Iterator[Path]:
 
 
 def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
-    """The newest checkpoint of the run. Checkpoints copied from other runs are used only if named."""
+    """The newest checkpoint of the run. Checkpoints from other runs must be named to be used."""
     found = checkpoints.all()
     with contextlib.suppress(RunDirectoryError):  # a server uses the journal, or there is no journal
         journal = boot.open_recorded(run_dir)
@@ -215,7 +219,8 @@ def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
             journal.close()
     if not found:
         raise RunDirectoryError(
-            f"{run_dir} has no complete checkpoint of its run; name one with --checkpoint"
+            f"{run_dir} has no complete checkpoint of its own run; save one, or name one of another run with "
+            "--checkpoint"
         )
     runs = sorted({manifest.run_id for manifest in found})
     if len(runs) > 1:

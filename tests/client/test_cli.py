@@ -189,7 +189,7 @@ def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> Non
 
 def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, texts: Path) -> None:
     nowhere = ["--target", "127.0.0.1:1", "--retry-for", "0.1"]
-    refused = "127.0.0.1:1 did not answer (connection refused); is the server running"
+    refused = "127.0.0.1:1 did not answer (connection refused); check that the server is"
     for arguments, code, words in (
         (["status", *nowhere], 3, "is the server running"),
         (["train", texts, "--until-step", 1, *nowhere], 3, "is the server running"),
@@ -234,7 +234,7 @@ def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, 
         (
             ["checkpoint", "save", "--label", "foo", "--target", server.address],
             2,
-            "--label must be KEY=VALUE, got foo\n",
+            "--label must have the form KEY=VALUE, got foo\n",
         ),
         (
             ["health", "--service", "unknown", "--target", server.address],
@@ -252,7 +252,7 @@ def test_errors_name_command_line_options_as_the_remedy(server: ServerProcess, t
     with maskwire.connect(server.address, name="another"):
         code, _, err = run("train", texts, "--until-step", 99, "--target", server.address)
     assert code == 4
-    assert err.rstrip().endswith("wait until it is closed or idle, or take over (--takeover)")
+    assert err.rstrip().endswith("wait until that session is closed or idle, or take over (--takeover)")
     assert "`maskwire status" not in run("status", "--target", "127.0.0.1:1", "--retry-for", "0.1")[2]
 
 

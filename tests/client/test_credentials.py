@@ -98,7 +98,7 @@ def test_a_fifo_is_read_once_because_a_second_read_would_wait_for_a_writer(tmp_p
         ({"cert": "a"}, "cert and key must be given together"),
         ({"tls": False, "ca": "a"}, "tls=False excludes"),
         ({"token": "a", "token_file": "b"}, "not both"),
-        ({"token": "two words"}, "without spaces"),
+        ({"token": "two words"}, "no spaces"),
         ({"ca": __file__}, "must be a PEM file"),
     ],
 )

@@ -96,7 +96,7 @@ def test_the_layout_is_the_one_described(
 
 
 def test_version_1_refuses_segments() -> None:
-    with pytest.raises(ValueError, match="segment_ids needs digest version 2, and the run has version 1"):
+    with pytest.raises(ValueError, match="segment_ids needs digest version 2, but this run has version 1"):
         payload_hash(np.array([[1, 2]]), DigestVersion(1), rows=1, columns=2, segments=[0, 1])
 
 

@@ -128,7 +128,7 @@ def test_a_broken_link_that_is_named_or_matched_by_a_glob_is_refused(tmp_path: P
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "broken.txt").symlink_to("nowhere.txt")
     for path in (tmp_path / "broken.txt", tmp_path / "*.txt", [tmp_path / "a.txt", tmp_path / "broken.txt"]):
-        with pytest.raises(ValueError, match=r"broken\.txt: a link to nowhere\.txt, which does not exist"):
+        with pytest.raises(ValueError, match=r"broken\.txt is a link to nowhere\.txt, which does not"):
             open_data(path, **OPTIONS)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe: not a regular file"):

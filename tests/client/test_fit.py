@@ -167,7 +167,7 @@ def test_changed_data_is_refused_with_the_files_that_were_written_last(tmp_path:
     trainer.use_data = refuse  # type: ignore[attr-defined]
     trainer.use_tokenizer = lambda _: None  # type: ignore[attr-defined]
     words = (
-        rf"of 5 files; written last: {tmp_path}/1\.txt \(1970-01-02 00:00:00 UTC\), {tmp_path}/4\.txt "
+        rf"of 5 files, .* written last: {tmp_path}/1\.txt \(1970-01-02 00:00:00 UTC\), {tmp_path}/4\.txt "
         rf"\(1970-01-01 04:00:00 UTC\), {tmp_path}/3\.txt .*--pattern"
     )
     with pytest.raises(DataMismatchError, match=words) as found:

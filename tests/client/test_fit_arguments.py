@@ -60,7 +60,7 @@ class CoroutineCallback:
 @pytest.mark.parametrize("argument", ["on_step", "evaluate"])
 def test_a_coroutine_function_is_refused_by_the_blocking_client(argument: str, function: Any) -> None:
     trainer, given = Counting(), {"evaluate": evaluation, "eval_every": 2, argument: function}
-    with pytest.raises(TypeError, match=f"^{argument} is a coroutine function, .* use the asyncio client"):
+    with pytest.raises(TypeError, match=f"^{argument} is a coroutine function, .* the asyncio client"):
         fit(trainer, Numbered(), until_step=2, progress=False, **given)
     assert trainer.batches == []
 

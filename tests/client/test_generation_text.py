@@ -32,7 +32,7 @@ def test_a_gap_is_one_token_and_text_becomes_its_bytes() -> None:
 def test_models_without_bytes_take_prompts_of_ids() -> None:
     (prompt,) = read_prompts([], ["1,~ , 7"], gap="~", length=None, model=WORDS, codec=None)
     assert prompt.ids == (1, 999, 7)
-    with pytest.raises(ValueError, match="num_tokens 1000, mask_id 999 and none; give token ids with"):
+    with pytest.raises(ValueError, match="num_tokens 1000, mask_id 999, and the run keeps no tok"):
         read_prompts(["a"], [], gap="~", length=None, model=WORDS, codec=None)
     assert decode_row(np.array([1]), WORDS, None) is None
 

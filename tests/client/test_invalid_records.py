@@ -21,7 +21,7 @@ def invalid_forms(folder: Path, name: str) -> tuple[Path, str]:
     if name.startswith("jsonl"):
         lines = [json.dumps({"q": q, "a": a}).encode() for q, a in rows]
         lines[49], words = {
-            "jsonl syntax": (b'{"q": "x",', "line 50: not valid JSON"),
+            "jsonl syntax": (b'{"q": "x",', "line 50: the line is not valid JSON"),
             "jsonl type": (b'{"q": "x", "a": 7}', "line 50: the field 'a' must hold text, got int"),
             "jsonl field": (b'{"q": "x"}', "line 50: there is no field 'a'"),
             "jsonl codec": (b'{"q": "x", "a": "\xff"}', "line 50: not UTF-8 ('utf-8' codec"),
@@ -30,7 +30,7 @@ def invalid_forms(folder: Path, name: str) -> tuple[Path, str]:
     elif name.startswith("csv"):
         lines = [f"{q},{a}".encode() for q, a in [("q", "a"), *rows]]
         lines[50], words = {
-            "csv fields": (b"x", "row 50: it has 1 fields, but the header has 2"),
+            "csv fields": (b"x", "row 50: the row has 1 fields, but the header has 2"),
             "csv codec": (b"x,\xff", "row 50: not UTF-8"),
         }[name]
         path.write_bytes(b"\n".join(lines) + b"\n")
@@ -63,7 +63,7 @@ def test_an_invalid_record_keeps_the_draft_and_can_be_skipped(
 ) -> None:
     path, words = invalid_forms(tmp_path, name)
     options: Any = FIELDS
-    with pytest.raises(ValueError, match=r"drop and count such records with --skip-invalid") as error:
+    with pytest.raises(ValueError, match=r"to drop and count such records instead, use --skip") as error:
         prepare(path, tmp_path / "out", **options)
     assert str(error.value).startswith(words)
     with pytest.raises(ValueError, match="--skip-invalid") as again:
@@ -87,7 +87,7 @@ def test_a_draft_that_skipped_a_record_does_not_resume_without_the_option(
         patch.setattr(DraftFolder, "complete", stop)
         with pytest.raises(OSError, match="No space left"):
             prepare(path, tmp_path / "out", skip_invalid=True, **FIELDS)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="line 50: not valid JSON"):
+    with pytest.raises(ValueError, match="line 50: the line is not valid JSON"):
         prepare(path, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
     assert "resuming" not in caplog.text
 
@@ -96,7 +96,7 @@ def test_a_draft_that_skipped_a_record_does_not_resume_without_the_option(
 def test_a_source_that_cannot_be_read_at_all_is_always_an_error(tmp_path: Path, skip_invalid: bool) -> None:
     for name, content, words in (
         ("a.csv", b'text,other\na,b\n\'c"d","e"f,g\n', "after row 1: cannot be read as CSV"),
-        ("b.csv", b"text,\xe4\na,b\n", "its header is not UTF-8; convert the file"),
+        ("b.csv", b"text,\xe4\na,b\n", "the header is not UTF-8; convert the file"),
         ("c.csv", b"body\na\n", "there is no field 'text'"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -106,10 +106,10 @@ def test_a_source_that_cannot_be_read_at_all_is_always_an_error(tmp_path: Path, 
 
 MASKED = (
     "{place}: it contains the mask token '[MASK]' (id 0), and training refuses rows with the mask id; "
-    "{advice}remove the token from the text; or drop and count such records with --skip-invalid "
+    "{advice}remove the token from the text; to drop and count such records instead, use --skip-invalid "
     "(skip_invalid=True)"
 )
-PARSED = "leave out --parse-special-tokens (it is then encoded as text), "
+PARSED = "leave out --parse-special-tokens to encode it as plain text, or "
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -152,7 +152,7 @@ def test_texts_that_cannot_be_encoded_are_dropped_one_by_one(
         (texts / f"{number}.txt").write_text("x y")
     (texts / name).write_bytes(content)
     tokenizer = tokenizer_folder(tmp_path, "tokenizer", unknown="<none>")
-    with pytest.raises(ValueError, match=rf"{name}: .*; or drop and count such records with --skip-invalid"):
+    with pytest.raises(ValueError, match=rf"{name}: .*; to drop and count such records instead, use --"):
         prepare(texts, tmp_path / "out", tokenizer=tokenizer)
     meta = prepare(texts, tmp_path / "out", tokenizer=tokenizer, skip_invalid=True)
     assert (meta.dropped, meta.documents, meta.text_bytes) == ({reason: 1}, 7, 21)
@@ -163,6 +163,6 @@ def test_texts_that_cannot_be_encoded_are_dropped_one_by_one(
 def test_a_tokenizer_without_tokens_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x y")
     tokenizer = tokenizer_folder(tmp_path, "empty", words="")
-    words = rf"{tokenizer / 'tokenizer.json'}: the tokenizer has no tokens: its vocabulary is empty"
+    words = rf"{tokenizer / 'tokenizer.json'}: the vocabulary of the tokenizer is empty"
     with pytest.raises(ValueError, match=words):
         prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer)

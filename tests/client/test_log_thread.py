@@ -257,7 +257,7 @@ def test_records_that_a_slow_logger_has_no_room_for_are_dropped_from_there_on(
         time.sleep(0.001)
     for step in range(5, 20):
         thread.write({"step": step})
-    assert "5 records wait already" in thread.failure
+    assert "5 records are waiting already" in thread.failure
     slow.gate.set()
     thread.close(60)
     assert slow.written == [*range(1, len(slow.written) + 1)]

@@ -380,8 +380,8 @@ def test_trackio_without_a_network_is_reported_and_does_not_stop_training(
     thread = LogThread(Trackio("project"), Place("run", 1, 0))
     assert thread.opened() is None
     assert thread.failure == (
-        "trackio project: no more records are written (RuntimeError: trackio failed: no route); training is "
-        "not affected"
+        "trackio project: no more records are written (RuntimeError: trackio failed: no route; check the "
+        "network and trackio's setup); training is not affected"
     )
 
 

@@ -71,7 +71,7 @@ def test_metrics_are_never_data_under_any_name(
         with caplog.at_level(logging.WARNING):
             assert find_files(tmp_path, any_format=any_format) == [tmp_path / "a.txt"]
     assert f"{name}: written by maskwire itself" in caplog.text
-    with pytest.raises(ValueError, match=r"no data found .* skipped, written by maskwire itself"):
+    with pytest.raises(ValueError, match=r"no data found .*: written by maskwire itself"):
         find_files(tmp_path / "sub" / name)
 
 

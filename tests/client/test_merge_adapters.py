@@ -34,8 +34,9 @@ def test_the_command_gets_the_folder_and_its_error_is_reported(
     command.chmod(0o700)
     weights = " --weights ema" if ema else ""
     expected = (
-        f"got export {tmp_path / 'out'} --folder {tmp_path / 'in'} --to huggingface --merged{weights} "
-        f"(the weights are in {tmp_path / 'in'})"
+        f"the adapters cannot be merged: got export {tmp_path / 'out'} --folder {tmp_path / 'in'} "
+        f"--to huggingface --merged{weights} "
+        f"(the downloaded weights are in {tmp_path / 'in'})"
     )
     with pytest.raises(ValueError, match="got export") as caught:
         merge(tmp_path / "in", tmp_path / "out", ema=ema)

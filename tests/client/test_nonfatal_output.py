@@ -195,7 +195,7 @@ def test_a_run_is_logged_where_the_command_says(server: ServerProcess, text: Pat
     lines = [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert rows[-2:] == [str(number) for number in lines[-2:]] == [f"{until - 1}", f"{until}"]
     for wrong, words in (
-        ("tensorbord:runs", "a log is KIND:PLACE with KIND one of jsonl, csv, tensorboard"),
+        ("tensorbord:runs", "a log must be KIND:PLACE, where KIND is one of jsonl, csv"),
         ("csv:", "got 'csv:'"),
         ("csv:/nowhere/m.csv", "No such file or directory"),
     ):

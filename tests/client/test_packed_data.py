@@ -238,7 +238,7 @@ def test_what_does_not_go_together_is_refused(packed: Path, tmp_path: Path) -> N
 )
 def test_rows_that_do_not_fit_the_documents_are_refused(packed: Path, name: str, numbers: list[int]) -> None:
     np.save(packed / f"{name}.npy", np.array(numbers))
-    with pytest.raises(ValueError, match="the rows do not fit the documents; prepare the data again"):
+    with pytest.raises(ValueError, match="the packed rows do not match the documents; prepare"):
         open_data(packed, batch_size=1)
 
 

@@ -72,7 +72,7 @@ def test_pairs_that_do_not_fit_are_left_out_and_reported(
 ) -> None:
     data = open_data(pairs, length=1, batch_size=64, **FIELDS)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="none of the 5 pairs fits into rows of length 1: the shortest has 4 "
+        ValueError, match="none of the 5 pairs fits into rows of length 1: the shortest pair has 4 "
     ):
         data.batch(1)
     short = data.cropped(9)

@@ -225,7 +225,7 @@ def test_a_text_that_cannot_be_encoded_is_an_error_with_a_remedy(tmp_path: Path,
     for more in ([], ["--no-special-tokens"]):
         said = CliRunner().invoke(app, [*command, str(digits(tmp_path, kind)), *more])
         assert said.exit_code == 2
-        words = f"{tmp_path / 'texts' / 'b.txt'}: the tokenizer {tmp_path / kind}.json cannot encode it ("
+        words = f"{tmp_path / 'texts' / 'b.txt'}: the tokenizer {tmp_path / kind}.json cannot encode the text"
         assert words in said.stderr
         assert "unknown token" in said.stderr
     assert not (tmp_path / "out").exists()

@@ -130,10 +130,10 @@ def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
     [
         (lambda: encode_batch([1, 2]), "1 dimensions"),
         (lambda: encode_batch([[0.5]]), "must be integers, got float64"),
-        (lambda: encode_batch(IDS, lengths=[1]), "one length per row, 2"),
+        (lambda: encode_batch(IDS, lengths=[1]), r"one length per row \(2 rows\)"),
         (lambda: encode_batch([[1], [2, 3]], lengths=[1, 2]), "left out"),
-        (lambda: encode_batch(IDS, prompt_mask=np.ones((2, 3))), "must be bool"),
-        (lambda: encode_batch(IDS, prompt_mask=np.ones((1, 3), dtype=bool)), "must be bool"),
+        (lambda: encode_batch(IDS, prompt_mask=np.ones((2, 3))), "must have type bool"),
+        (lambda: encode_batch(IDS, prompt_mask=np.ones((1, 3), dtype=bool)), "must have type bool"),
     ],
 )
 def test_what_makes_no_batch_is_refused_before_it_travels(call: Any, words: str) -> None:
@@ -179,7 +179,7 @@ def test_several_batches_make_the_message_of_all_their_rows(
 @pytest.mark.parametrize(
     ("tokens", "options", "words"),
     [
-        (None, {}, r"got None: pass tokens, or batches=\[...\]"),
+        (None, {}, r"tokens is None: pass tokens, or batches=\[...\]"),
         (IDS, {"batches": [IDS]}, "takes tokens or batches, got both"),
         (None, {"batches": [IDS], "lengths": [1, 1]}, r"Batch\(rows, lengths=...\)"),
         (None, {"batches": []}, "at least one batch, got none"),
@@ -233,7 +233,7 @@ def test_the_acknowledged_history_follows_the_digest_chain_and_detects_a_differe
     other = pb.TrainStepRequest(batch=encode_batch(IDS))
     with pytest.raises(DigestMismatchError, match="after step 5"):
         history.next_position(answer(history, other, 5), hash_of(request, DigestVersion(1)))
-    with pytest.raises(DigestMismatchError, match="step 7; expected step 5"):
+    with pytest.raises(DigestMismatchError, match="step 7, but the next step is 5"):
         history.next_position(answer(history, request, 7), hash_of(request, DigestVersion(1)))
     assert history.step == 4
 

@@ -142,7 +142,7 @@ def test_the_format_of_a_data_set_does_not_matter(format_: str, streamed: bool) 
     dataset = datasets.Dataset.from_dict({"text": ["a", "bcd"]})
     dataset = (dataset.to_iterable_dataset() if streamed else dataset).with_format(format_)
     assert [row.tobytes() for row in open_data(dataset, **OPTIONS).whole()] == [b"a", b"bcd"]
-    with pytest.raises(ValueError, match="no record has text in data set: there are no records"):
+    with pytest.raises(ValueError, match="no record in data set has text: there are no records"):
         open_data(datasets.Dataset.from_dict({"text": []}), **OPTIONS)
 
 

@@ -184,7 +184,7 @@ def test_any_other_option_starts_from_scratch(
 def test_two_processes_do_not_write_the_same_folder(corpus: Path, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     with DraftFolder(tmp_path / "out", "one", "uint8", prompts=False):
-        with pytest.raises(ValueError, match="another process prepares the same folder"):
+        with pytest.raises(ValueError, match="another process is preparing the same folder"):
             prepare(corpus, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
         assert (tmp_path / ".out.part").exists(), "the other's draft is left alone"
 

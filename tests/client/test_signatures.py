@@ -179,11 +179,11 @@ def test_each_public_call_names_itself_and_the_keyword_that_was_probably_meant(
 ) -> None:
     for keyword in keywords(call):
         mistyped = keyword + keyword[-1]
-        words = rf"^{name}\(\) has no argument '{mistyped}': did you mean '{keyword}'\? It has "
+        words = rf"^{name}\(\) has no argument '{mistyped}': did you mean '{keyword}'\? The call takes "
         with pytest.raises(TypeError, match=words):
             refused(call, bound, mistyped)
     if keywords(call):
-        with pytest.raises(TypeError, match=rf"^{name}\(\) has no argument 'xyzzy': it has "):
+        with pytest.raises(TypeError, match=rf"^{name}\(\) has no argument 'xyzzy': the call takes "):
             refused(call, bound, "xyzzy")
 
 

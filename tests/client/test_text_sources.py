@@ -133,7 +133,7 @@ def test_a_data_set_is_taken_as_an_object_too(tmp_path: Path) -> None:
     streamed = dataset.to_iterable_dataset()
     assert batches(open_data(streamed, text_field="body", **OPTIONS)) == expected
     with pytest.raises(
-        ValueError, match="there is no field 'text'; the fields are body, other: set --text-f"
+        ValueError, match="there is no field 'text'; the fields are body, other: select with --text-f"
     ):
         open_data(dataset, **OPTIONS)
     with pytest.raises(
@@ -154,7 +154,7 @@ def test_remote_addresses_are_read_as_streams(tmp_path: Path) -> None:
         meta = prepare(address, tmp_path / "out", force=True)
         assert meta.tokens == expected.size
     for address, words in (
-        ("memory://none/*.txt", "no non-empty file"),
+        ("memory://none/*.txt", "no matching file"),
         ("nonsense://a", "cannot be opened"),
     ):
         with pytest.raises(ValueError, match=words) as error:
@@ -171,7 +171,7 @@ def test_texts_and_records_in_a_folder_are_read_together_unless_a_field_is_named
     assert "zero bytes" not in caplog.text
     assert open_data(texts, text_field="text", **OPTIONS).documents == 1
     assert "3.txt: no records" in caplog.text or "and 1 more: no records" in caplog.text
-    with pytest.raises(ValueError, match=r"0\.txt.*no records with fields .*leave out the names of fields"):
+    with pytest.raises(ValueError, match=r"0\.txt.*no records with fields .*leave out the options that"):
         open_data(texts, text_field="text", pattern="*.txt", **OPTIONS)
     with pytest.raises(ValueError, match=r"--any-format\) reads files as bytes, without fields"):
         open_data(texts, text_field="text", any_format=True, **OPTIONS)
@@ -185,10 +185,10 @@ def test_texts_and_records_in_a_folder_are_read_together_unless_a_field_is_named
             '{"text": "a"}\n{"body": "b"}\n',
             r"a\.jsonl, line 2: there is no field 'text'; the fields are body",
         ),
-        ('{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3: not valid JSON"),
-        ('["a"]\n', r"a\.jsonl, line 1: it must be a JSON object with fields, got list"),
+        ('{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3: the line is not valid JSON"),
+        ('["a"]\n', r"a\.jsonl, line 1: the line must be a JSON object .*got list"),
         ('{"text": 7}\n', r"a\.jsonl, line 1: the field 'text' must hold text, got int \('7'\)"),
-        ('{"text": ""}\n', "no record has text"),
+        ('{"text": ""}\n', r"no record .*has text"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, lines: str, words: str) -> None:
@@ -204,7 +204,7 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, lines: str, words
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,other\na,b\nc\n")
-    with pytest.raises(ValueError, match=r"a\.csv, row 2: it has 1 fields, but the header has 2"):
+    with pytest.raises(ValueError, match=r"a\.csv, row 2: the row has 1 fields, but the header"):
         open_data(tmp_path / "a.csv", text_field="text", **OPTIONS)
     with pytest.raises(ValueError, match=r"a\.csv: there is no field 'body'; the fields are text, other"):
         open_data(tmp_path / "a.csv", text_field="body", **OPTIONS)
@@ -246,7 +246,7 @@ def test_texts_that_are_too_large_for_memory_are_refused(
 ) -> None:
     monkeypatch.setattr("maskwire.data.file_data._LARGEST_IN_MEMORY", 20)
     with pytest.raises(
-        ValueError, match="more than 20 bytes, and records are held in memory; run `maskwire d"
+        ValueError, match="more than 20 bytes, and records are held in memory; prepare the texts"
     ):
         open_data(json_lines(tmp_path / "a.jsonl"), **OPTIONS)
 
@@ -283,6 +283,6 @@ def test_a_folder_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     prepare(json_lines(tmp_path / "a.jsonl"), tmp_path / "out")
     path = tmp_path / "out" / "maskwire-data.json"
     path.write_text(path.read_text().replace('"format": 2', '"format": 4'))
-    with pytest.raises(ValueError, match="format 4, expected 1 to 3"):
+    with pytest.raises(ValueError, match="the format is 4, expected 1 to 3"):
         open_data(tmp_path / "out", **OPTIONS)
     assert np.load(tmp_path / "out" / "documents.npy").dtype == np.int64

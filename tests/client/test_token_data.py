@@ -208,16 +208,16 @@ def test_invalid_token_files_are_refused_with_the_reason(tmp_path: Path) -> None
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "text.npy").write_text("no array")
     for name, dtype, words in (
-        ("float.npy", None, r"must hold integers of shape \[n\] or \[rows, n\], got float64 \[4\]"),
-        ("cube.npy", None, r"got int64 \[2, 2, 2\]"),
+        ("float.npy", None, r"integers, of shape \[n\] or \[rows, n\], got float64 of shape \[4\]"),
+        ("cube.npy", None, r"got int64 of shape \[2, 2, 2\]"),
         ("fortran.npy", None, "must be in C order"),
         ("objects.npy", None, "cannot be read as a .npy file"),
-        ("empty.npy", None, r"got int64 \[0\]"),
+        ("empty.npy", None, r"got int64 of shape \[0\]"),
         ("text.npy", None, "cannot be read as a .npy file"),
         (
             "odd.bin",
             "uint16",
-            r"has 3 bytes, which is not a whole number of uint16 ids \(2 bytes\); check dtype",
+            r"has 3 bytes, which is not a whole number of uint16 ids of 2 bytes each; check dtype",
         ),
         ("odd.bin", "float32", "dtype must be one of uint8, uint16, int32, got 'float32'"),
         ("none.bin", "uint16", "none.bin: no such file or folder"),
@@ -257,7 +257,7 @@ def test_a_truncated_or_changed_prepared_folder_is_refused(tmp_path: Path) -> No
         open_data(tmp_path / "p", **options)
     (tmp_path / "p" / "tokens.bin").write_bytes(whole)
     np.save(tmp_path / "p" / "documents.npy", np.array([50]))
-    with pytest.raises(ValueError, match="the ends of the documents do not fit the 100 tokens"):
+    with pytest.raises(ValueError, match="the ends of the documents do not match the 100 tokens"):
         open_data(tmp_path / "p", **options)
     (tmp_path / "p" / "maskwire-data.json").write_text("{}")
     with pytest.raises(ValueError, match="prepare the data again"):

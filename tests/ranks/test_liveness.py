@@ -206,7 +206,8 @@ def test_a_host_waits_for_the_others_as_long_as_it_takes(caplog: pytest.LogCaptu
 def test_a_name_that_other_hosts_cannot_use_is_refused() -> None:
     """Debian gives a host's own name a loopback address. One that is given as such is what was meant."""
     message = (
-        r"^--rendezvous: localhost is 127\.0\.0\.1 on this host; give its address in the hosts' network$"
+        r"^--rendezvous: localhost must not be a loopback address, got 127\.0\.0\.1; give its address in the "
+        r"network of the hosts$"
     )
     with pytest.raises(ConfigError, match=message):
         launcher.launch(launcher.Launch(1, 2, "localhost:29500"), [])

@@ -152,13 +152,13 @@ def test_a_mistake_is_found(bug: str, found: dict[str, Any]) -> None:
 
 
 def test_ranks_that_differ_notice_it_by_their_agreement_alone(found: dict[str, Any]) -> None:
-    assert "have a different one" in found["agreement"]["error"]
+    assert "have another result" in found["agreement"]["error"]
     assert not found["no agreement"]["error"]
 
 
 def test_a_model_that_cannot_be_divided_is_refused(found: dict[str, Any]) -> None:
     refusal = found["in place"]["error"]
-    assert "a model that ranks divide must not change the outputs of its layers in place" in refusal
+    assert "a model that is divided among ranks must not change the outputs of its layers in place" in refusal
 
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`: it imports transformers in each rank")

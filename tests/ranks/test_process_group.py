@@ -52,9 +52,11 @@ def test_one_host_has_the_run_directory(leaders: int) -> None:
         ("cpu", 0, "cpu"),
         ("auto", 2, "cuda:1"),
         ("cuda", 2, "cuda:1"),
-        ("auto", 1, "--ranks: must be at most the number of CUDA devices, 1, got 2; or set serve.device=cpu"),
-        ("cuda", 1, "--ranks: must be at most the number of CUDA devices, 1, got 2; or set serve.device=cpu"),
-        ("cuda:1", 2, "serve.device: with ranks must be auto, cpu or cuda, a GPU for each, got 'cuda:1'"),
+        ("auto", 1, "--ranks: must be at most the number of CUDA devices, 1, got 2; start fewer ranks, or "
+         "set serve.device=cpu"),
+        ("cuda", 1, "--ranks: must be at most the number of CUDA devices, 1, got 2; start fewer ranks, or "
+         "set serve.device=cpu"),
+        ("cuda:1", 2, "serve.device: with several ranks must be auto, cpu or cuda, got 'cuda:1'"),
     ],
 )  # fmt: skip
 def test_each_rank_of_a_host_has_a_gpu_of_its_own(

@@ -151,7 +151,7 @@ def test_a_number_out_of_range_is_refused_with_the_range(shared: ServerProcess, 
 @pytest.mark.parametrize("name", ["name", "takeover", "window", "on_takeover"])
 def test_attach_refuses_arguments_of_connect(name: str) -> None:
     for package in (maskwire, maskwire.aio):
-        words = rf"attach\(\) has no argument '{name}': it opens no session; leave it out, or use connect\(\)"
+        words = rf"attach\(\) has no argument '{name}': attach\(\) opens no session; .* or use connect\(\)"
         with pytest.raises(TypeError, match=words):
             package.attach("127.0.0.1:1", **{name: 1})
 
@@ -168,10 +168,10 @@ def test_an_empty_batch_is_refused(tokens: Any, shape: str) -> None:
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        ([[1] * 4, [1, 0]], r"prompt_mask: row 0 must be bool \[4\].*got int64 \[4\]"),
-        ([[True] * 4, [1, 0]], r"prompt_mask: row 1 must be bool \[2\].*got int64 \[2\]"),
-        ([[True] * 4, [True]], r"prompt_mask: row 1 must be bool \[2\].*got bool \[1\]"),
-        (np.ones((2, 4)), r"prompt_mask: row 0 must be bool \[4\].*got float64 \[4\]"),
+        ([[1] * 4, [1, 0]], r"prompt_mask: row 0 must have type bool.*\[4\].*got int64 and \[4\]"),
+        ([[True] * 4, [1, 0]], r"prompt_mask: row 1 must have type bool.*\[2\].*got int64 and \[2\]"),
+        ([[True] * 4, [True]], r"prompt_mask: row 1 must have type bool.*\[2\].*got bool and \[1\]"),
+        (np.ones((2, 4)), r"prompt_mask: row 0 must have type bool.*\[4\].*got float64 and \[4\]"),
     ],
 )
 def test_a_wrong_mask_is_named_by_its_row(mask: Any, words: str) -> None:
@@ -252,7 +252,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_connect(arguments: dict[str, An
         ([4, 0], "got 0 for row 1"),
         ([4, -1], "got -1 for row 1"),
         ([2**32 + 3, 1], "got 4294967299 for row 0"),
-        ([1, 2, 3], "one length per row, 2"),
+        ([1, 2, 3], r"one length per row \(2 rows\)"),
     ],
 )
 def test_lengths_outside_the_columns_are_refused(lengths: list[int], words: str) -> None:
@@ -271,10 +271,10 @@ def test_a_ragged_mask_encodes_like_a_padded_one() -> None:
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        ([[True, False], [False]], r"row 0 must be bool \[3\], as long as its tokens, got bool \[2\]"),
-        ([[True, False, True], [False, True]], r"row 1 must be bool \[1\]"),
-        ([[1, 0, 1], [0]], r"row 0 must be bool \[3\].*got int64"),
-        ([[True, False, True], [False], [False]], "as many rows as tokens, 2, got 3"),
+        ([[True, False], [False]], r"row 0 must have type bool and shape \[3\], .* got bool and \[2\]"),
+        ([[True, False, True], [False, True]], r"row 1 must have type bool and shape \[1\]"),
+        ([[1, 0, 1], [0]], r"row 0 must have type bool and shape \[3\].*got int64"),
+        ([[True, False, True], [False], [False]], r"as many rows as tokens \(2\), got 3"),
     ],
 )
 def test_a_ragged_mask_that_does_not_fit_is_refused_by_row(mask: Any, words: str) -> None:

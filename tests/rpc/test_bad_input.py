@@ -62,7 +62,7 @@ CASES: dict[str, tuple[pb.TrainStepRequest, str, list[str]]] = {
     "too many tokens": (
         pb.TrainStepRequest(batch=batch(data=b"", shape=[2**16, 32])), "batch.shape", ["at most 1048576"]),
     "lengths of another number": (
-        pb.TrainStepRequest(batch=batch(lengths=[16])), "batch.lengths", ["one length per row, 2", "got 1"]),
+        pb.TrainStepRequest(batch=batch(lengths=[16])), "batch.lengths", ["one length per row (2)", "got 1"]),
     "a length of 0": (
         pb.TrainStepRequest(batch=batch(lengths=[16, 0])), "batch.lengths", ["row 1", "1 to 16", "got 0"]),
     "a length beyond the columns": (

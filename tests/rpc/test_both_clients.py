@@ -218,7 +218,7 @@ async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) 
             await trainer.use_tokenizer("sha256:0")
         data = {"content": "sha256:0", "length": "16"}
         await trainer.use_data(data)
-        with pytest.raises(DataMismatchError, match="length was 16, is 32"):
+        with pytest.raises(DataMismatchError, match="length was 16 and is now 32"):
             await trainer.use_data({**data, "length": "32"})
         assert (await trainer.status()).data == data
         await trainer.use_data({**data, "length": "32"}, allow_changed=True)

@@ -236,7 +236,7 @@ REFUSED = {
     "optimizer.ema_decay": ("0.5", "ema_decay"),
     "optimizer.name": (
         "muon",
-        "optimizer.name was 'adamw', is 'muon'",
+        "optimizer.name was 'adamw' and is now 'muon'",
     ),
     "serve.threads": ("2", "fingerprint.threads was '1'"),
     "serve.micro_batch_tokens": ("16", "fingerprint.micro_batch_tokens was"),

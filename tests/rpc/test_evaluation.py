@@ -126,7 +126,7 @@ def test_results_of_parts_combine_whoever_made_them(server: ServerProcess) -> No
             for start, stop in ((9, 13), (0, 1), (1, 9))
         ]
         same(combine(parts), whole)
-        with pytest.raises(ValueError, match="draws do not add up"):
+        with pytest.raises(ValueError, match="different draws cannot be combined"):
             combine([whole, client.eval_loss(rows, draws=3)])
 
 
@@ -198,7 +198,7 @@ def test_the_client_names_what_it_cannot_send() -> None:
     with maskwire.attach("127.0.0.1:1", retry_for=0) as client:
         for wrong, words in (
             ({"batch_size": 0}, "batch_size must be at least 1"),
-            ({"rows": 3}, "rows goes with a maskwire.data.TokenData"),
+            ({"rows": 3}, "the argument rows needs a maskwire.data.TokenData"),
             ({"row_ids": [1]}, r"row_ids must have one value per row \(2 rows\)"),
             ({"estimator": "best"}, "estimator must be one of systematic, chain_rule, got 'best'"),
         ):

@@ -147,7 +147,7 @@ CASES: dict[str, tuple[pb.GenerateRequest, str, list[str]]] = {
     "remasking in random order": (R(count=1, remasking=True), "remasking",
                                   ["'confidence' or 'critic'", "random"]),
     "an unknown mode": (R(count=1, self_cond_mode=3), "self_cond_mode", ["SelfCondMode", "3"]),
-    "seeds for other rows": (R(count=2, row_seeds=[1]), "row_seeds", ["one seed per row, 2", "got 1"]),
+    "seeds for other rows": (R(count=2, row_seeds=[1]), "row_seeds", ["one seed per row (2)", "got 1"]),
     "a seed without room": (R(count=2, seed=2**63 - 1), "seed", ["each of the 2 rows"]),
     "prompts at less than their width": (R(prompts=prompts(GOOD), length=2), "length",
                                          ["3 (the length of the prompts)", "got 2"]),
@@ -163,7 +163,7 @@ CASES: dict[str, tuple[pb.GenerateRequest, str, list[str]]] = {
     "prompts without a type": (R(prompts=prompts(GOOD, dtype=0)), "prompts.dtype", ["DATA_TYPE_UINT8"]),
     "too few bytes": (R(prompts=prompts(GOOD, data=b"123")), "prompts.data", ["24 bytes", "got 3"]),
     "lengths of other rows": (
-        R(prompts=prompts(GOOD, lengths=[3])), "prompts.lengths", ["one length per row, 2"]),
+        R(prompts=prompts(GOOD, lengths=[3])), "prompts.lengths", ["one length per row (2)"]),
     "a mask of another size": (R(prompts=prompts(GOOD, prompt_mask=b"12")), "prompts.prompt_mask",
                                ["1 bytes", "got 2"]),
 }  # fmt: skip

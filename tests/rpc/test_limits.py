@@ -204,7 +204,7 @@ def test_messages_stay_within_the_servers(serve: Callable[..., ServerProcess], a
     long = np.zeros((2, 70_000), dtype=int)
     for call, arguments in (("evaluate", long), ("generate", np.where(np.arange(70_000) < 2, 16, long))):
         with pytest.raises(
-            RequestError, match=r"row 0 .* takes 65,536.*shorter.*raise serve.max_message_bytes"
+            RequestError, match=r"row 0 .* most 65,536.*shorter.*raise serve.max_message_bytes"
         ):
             ask(server, call, arguments)
     with pytest.raises(RequestError, match=r"70\d\d\d vs. 65536.*serve.max_message_bytes"):
@@ -216,7 +216,7 @@ def test_messages_stay_within_the_servers(serve: Callable[..., ServerProcess], a
     ("evaluate", [[0] * 32] * 2, {"estimator": "chain_rule", "chain_order": "random", "draws": 4},
      r"at most 8192 positions .*\(serve.max_read_tokens\), got 16384"),
     ("evaluate", [[0] * 32] * 2, {"draws": 5},
-     r"draws must be 1 to 4 \(serve.max_draws\), or 0 for 4, got 5"),
+     r"draws must be 1 to 4 \(serve.max_draws\), or 0 for the default of 4, got 5"),
     ("generate", [[16] * 33, [16] * 3, [16] * 32], {}, r"at most 32 tokens \(max_seq_len\), got 33"),
     ("generate", None, {"count": 3, "length": 2**30}, r"length must be 1 to 32 \(max_seq_len\)"),
     ("generate", None, {"count": 3, "length": -1}, r"length must be 1 to 32 .* got -1"),
@@ -234,9 +234,7 @@ def test_a_row_of_more_passes_than_a_generation_may_have_is_told_so_first(
     serve: Callable[..., ServerProcess], ask: Any
 ) -> None:
     server = serve(serve__max_generation_steps="8", serve__max_read_tokens="1024")
-    words = (
-        r"steps must be 1 to 8 \(serve.max_generation_steps\): one position per step would take 32; set steps"
-    )
+    words = r"steps must be 1 to 8 \(serve.max_generation_steps\): one position per step would take 32 steps;"
     with pytest.raises(InvalidRequestError, match=words):
         ask(server, "generate", count=3)
     words = (

@@ -126,7 +126,7 @@ def test_a_folder_for_checkpoints_may_be_there_before_the_run_if_it_is_empty(tmp
     (run_dir / "checkpoints").symlink_to(shared)
     refuse_leftovers(run_dir)
     (shared / "step-000000100").mkdir()
-    with pytest.raises(RunDirectoryError, match="checkpoints without a journal"):
+    with pytest.raises(RunDirectoryError, match="has checkpoints but no journal"):
         refuse_leftovers(run_dir)
 
 
@@ -143,9 +143,7 @@ def test_an_import_into_a_volumes_root_is_refused_before_anything_is_computed() 
         raise AssertionError("it was computed")
 
     for root in (Path("/proc"), Path("/")):
-        with pytest.raises(
-            RunDirectoryError, match=r"is the root of a volume, where .*; choose a folder in it"
-        ):
+        with pytest.raises(RunDirectoryError, match=r"it is the root of a volume; choose a folder in it"):
             imported_run.begin(
                 root, never, {}, seed=0, canonical=b"", versions={}, labels={}, texts={}  # type: ignore[arg-type]
             )  # fmt: skip

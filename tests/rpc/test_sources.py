@@ -191,7 +191,7 @@ def test_a_run_that_is_killed_needs_no_source_to_end_as_if_nothing_had_been(
 
     options: dict[str, Any] = {}
     if source == "python":
-        with pytest.raises(ValueError, match=f"its model was built by '{FACTORY}': pass that function as "):
+        with pytest.raises(ValueError, match=f"the model was built by the function '{FACTORY}'; pass it as "):
             maskwire_server.load(saved / "end")
         scope: dict[str, Any] = {}
         exec(CODE, scope)

@@ -82,7 +82,7 @@ def test_a_run_trains_is_killed_and_goes_on_with_the_users_schedule(
     other = [*unnamed, "--set=objective.schedule=linear"]
     refused = fork_server.run(other, text=True)
     assert refused.returncode == 3
-    assert f"objective.schedule is '{NAME}' in the run, 'linear' in the configuration" in refused.stderr
+    assert f"objective.schedule is '{NAME}' in the run, but 'linear' in the configuration" in refused.stderr
 
     code.unlink()
     module = maskwire_server.load(folder)

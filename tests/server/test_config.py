@@ -57,7 +57,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("objective", {"schedule": "my.module:1st"},
          "objective.schedule: must be 'linear', 'cosine' or 'quadratic', or a function of your own"),
         ("objective", {"schedule_sha256": "0" * 64},
-         "objective: schedule_sha256 belongs to a schedule of your own: leave it out with schedule 'linear'"),
+         "objective: schedule_sha256 applies only to a schedule function of your own: leave it"),
         ("objective", {"no_replace_prob": 0.9, "random_token_prob": 0.2},
          "objective: no_replace_prob + random_token_prob must be at most 1, got 1.1"),
         ("optimizer", {"learning_rate": -1}, "optimizer.learning_rate: must be greater than"),

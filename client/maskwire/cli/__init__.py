@@ -1,4 +1,4 @@
-"""The command `maskwire`. Its exit codes are in `maskwire.cli.exit_codes`."""
+"""The command `maskwire`. The module `maskwire.cli.exit_codes` lists its exit codes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Train, evaluate and sample a masked-token model that a maskwire server holds.
+    """Train, evaluate and sample a masked-token model that a maskwire server hosts.
 
     Start a server first, on this machine or another:
 
@@ -57,7 +57,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command `maskwire`, and exit with its exit code."""
     exit_codes.handle_signals()
     try:
         app()

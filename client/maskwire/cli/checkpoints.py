@@ -1,4 +1,4 @@
-"""`maskwire checkpoint`: save, list, restore, download and delete."""
+"""The commands `maskwire checkpoint`: save, list, restore, download and delete checkpoints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def save(
     for text in label or []:
         key, equals, value = text.partition("=")
         if not key or not equals:
-            raise ValueError(f"--label must be KEY=VALUE, got {text}")
+            raise ValueError(f"--label must have the form KEY=VALUE, got {text}")
         labels[key] = value
     with server.attach() as client:
         info = client.checkpoint(name, labels=labels, score=score)
@@ -71,7 +71,7 @@ def delete(
     name: Annotated[str, typer.Argument(show_default=False, help="The checkpoint to delete.")],
     as_json: Json = False,
 ) -> None:
-    """Delete a checkpoint. Refused while a restart, a lineage or a download needs it."""
+    """Delete a checkpoint. The server refuses while a restart, a lineage or a download needs it."""
     with server.attach() as client:
         client.delete(name)
     show({"deleted": name}, as_json, lambda: f"{name} deleted")
@@ -87,9 +87,9 @@ def restore(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Restore the run to a checkpoint. Training resumes there, on a new lineage.
+    """Restore the run to a checkpoint. Training resumes from its step, on a new lineage.
 
-    A connected writer loses its session and must connect again.
+    A client that is training loses its session, and must connect again.
     """
     with server.attach() as client:
         answer = client.restore(name, expected_step=expected_step)
@@ -131,10 +131,10 @@ def download(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Download a checkpoint. After an interruption, the same command resumes.
+    """Download a checkpoint. After an interruption, the same command resumes the download.
 
-    In Python, `maskwire_server.load(FOLDER)` loads it as a plain torch module; with --merged,
-    `AutoModelForMaskedLM.from_pretrained(FOLDER)` does.
+    In Python, `maskwire_server.load(FOLDER)` loads the checkpoint as a plain torch module. A folder that
+    --merged wrote is loaded with `AutoModelForMaskedLM.from_pretrained(FOLDER)` instead.
     """
     with server.attach() as client:
         if not name:
@@ -144,7 +144,7 @@ def download(
             name = found[0].name
         out = out or Path(name)
         if merged and out.exists():
-            raise ValueError(f"{out} exists; choose another folder with --out")
+            raise ValueError(f"{out} already exists; choose another folder with --out")
         folder = out.with_name(f"{out.name}.unmerged") if merged else out
         with byte_progress(f"checkpoint {name}", shown=not as_json) as report:
             weights = weights or (merged and not ema)

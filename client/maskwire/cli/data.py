@@ -34,7 +34,7 @@ data_app = typer.Typer(no_args_is_help=True)
 
 @data_app.callback()
 def root() -> None:
-    """Prepare data for training."""
+    """Prepare data for training, or download the tokenizer of a run."""
 
 
 @data_app.command()
@@ -98,9 +98,9 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Replace data prepared earlier in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tokenize text once, and print the model settings for it.
+    """Tokenize text once, and print the matching settings for a model.
 
-    Not needed for a model of bytes: `maskwire train` reads text files directly.
+    A model of bytes does not need this command: `maskwire train` reads text files directly.
 
     The texts are read as a stream. If the command is stopped, run it again:
     it resumes where it stopped.
@@ -142,7 +142,8 @@ def tokenizer(
         found = client.tokenizer_of_run()
     if found is None or not found.file:
         raise ValueError(
-            "the run keeps no tokenizer file: it was trained on bytes, or on ids whose tokenizer is not known"
+            "the run keeps no tokenizer file: it was trained on bytes, which need none, or on ids of an "
+            "unknown tokenizer; for such ids, use the tokenizer that encoded the training data"
         )
     out.mkdir(parents=True, exist_ok=True)
     path = out / TOKENIZER_FILE
@@ -158,7 +159,7 @@ def tokenizer(
 
 @contextmanager
 def _interruption(out: Path, as_json: bool) -> Iterator[None]:
-    """Say after Ctrl-C or SIGTERM what the same command will do."""
+    """After Ctrl-C or SIGTERM, report whether the same command will resume or start from the beginning."""
     try:
         yield
     except KeyboardInterrupt:
@@ -171,7 +172,7 @@ def _interruption(out: Path, as_json: bool) -> Iterator[None]:
 
 
 def _packed(metadata: PreparedMetadata) -> str:
-    """Lines about packed rows; empty without them."""
+    """The lines of the output about packed rows; empty if the data is not packed."""
     if metadata.filled is None:
         return ""
     words = (
@@ -193,7 +194,7 @@ def _dropped(metadata: PreparedMetadata) -> str:
 
 
 def _special_tokens(metadata: PreparedMetadata) -> str:
-    """A line about the special tokens around each document; empty for texts as bytes."""
+    """The line of the output about special tokens around each document; empty for bytes without them."""
     parts = [
         f"{where} {', '.join(map(str, ids))}"
         for where, ids in (

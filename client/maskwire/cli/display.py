@@ -19,11 +19,11 @@ from maskwire.results import CheckpointInfo, EvalResult, MirrorStatus, RunFigure
 
 
 class OutputError(Exception):
-    """A result could not be shown in the requested form."""
+    """A result could not be printed in the requested form, or written to a file or a logger."""
 
 
 def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
-    """The table of an evaluation. `chain_rule` describes the order if this is an exact likelihood."""
+    """The table of an evaluation. For an exact likelihood, `chain_rule` describes the order of the tokens."""
     what = "order" if chain_rule else "draw"
     draws = f" x {found.draws} {what}{'' if found.draws == 1 else 's'}"
     weights = ", moving average" if found.ema_weights else ""
@@ -66,7 +66,7 @@ def checkpoint_table(found: list[CheckpointInfo]) -> Table:
 
 
 def seconds_left(found: Status, until_step: int | None) -> float | None:
-    """Seconds until a step at the speed of the last minute; None if nothing was trained in it."""
+    """Estimate the seconds until a step, at the speed of the last minute; None if that is not possible."""
     if until_step is None:
         return None
     steps = max(0, until_step - found.step)
@@ -112,7 +112,7 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
 
 
 def _add_figures(table: Table, figures: RunFigures) -> None:
-    """What the server counts, where there is something to see."""
+    """Add the rows of a run's counters and times; those without a value are left out."""
     newest = figures.newest_step
     if newest is not None:
         norm = "" if newest.gradient_norm is None else f", gradient norm {newest.gradient_norm:.3g}"
@@ -155,9 +155,9 @@ def _inexact(found: Status) -> str:
 
 
 def show(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:
-    """Print a value as JSON or as `words` renders it.
+    """Print a value as JSON, or as the text or table that `words` returns.
 
-    If that fails, prints it in plain form and raises OutputError.
+    If formatting fails, the value is printed in plain form and OutputError is raised.
     """
     failure: Exception | None = None
     try:

@@ -89,7 +89,10 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     if order is not None and not chain_rule:
-        raise ValueError("--order needs --chain-rule: without it, the evaluation averages over all orders")
+        raise ValueError(
+            "--order needs --chain-rule: an evaluation without --chain-rule averages over all orders; leave "
+            "out --order, or add --chain-rule"
+        )
     data = open_data(
         paths, length=length_of_paths(length, paths), batch_size=1, pattern=pattern, dtype=dtype,
         any_format=any_format, text_field=text_field, prompt_field=prompt_field,
@@ -102,7 +105,7 @@ def evaluate(
     with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError("the server is still building the model; run the command again")
+            raise UnavailableError("the server is still building the model; run the command again later")
         check_tokenizer(status.tokenizer, data.tokenizer, "the run")
         data = data.cropped(row_length(length, status.model, data))
         found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
@@ -113,7 +116,7 @@ def evaluate(
 def _evaluate(
     client: Client, data: TokenData, rows: int | None, *, shown: bool, **options: Any
 ) -> EvalResult:
-    """Evaluate, and report the progress on stderr, also when Ctrl-C ends it."""
+    """Evaluate the model. Report the progress on stderr, and the rows done if Ctrl-C ends it."""
     from maskwire.progress_bar import row_progress
 
     done, total = 0, data.rows if rows is None else rows

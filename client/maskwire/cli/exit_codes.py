@@ -1,4 +1,4 @@
-"""Exit codes of the command, and how it reports errors."""
+"""Exit codes of the command `maskwire`, and the functions that report its errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CODES = {
 }
 
 RETRYABLE = frozenset({UNAVAILABLE, INTERRUPTED, TERMINATED})
-"""The codes after which the same command may succeed without a change; the others need someone to act."""
+"""The codes after which the same command may succeed without a change; after others, someone must act."""
 
 DATA_IN_USE = "DATA_IN_USE"  # only in this module: DataChangedError has no reason
 _REMEDIES = {
@@ -83,7 +83,7 @@ _signal: int | None = None  # the signal that interrupted the command
 
 
 def handle_signals() -> None:
-    """Handle SIGTERM like Ctrl-C: the first signal ends the command cleanly, the second at once."""
+    """Handle SIGTERM like Ctrl-C: the first signal ends the command cleanly, a second one ends it at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         global _signal
@@ -97,18 +97,18 @@ def handle_signals() -> None:
 
 
 def interrupted() -> typer.Exit:
-    """The exit of a command that a signal interrupted."""
+    """The exception that ends an interrupted command with the exit code of the signal."""
     return typer.Exit(TERMINATED if _signal == signal.SIGTERM else INTERRUPTED)
 
 
 def correct_exit_code(code: Any) -> Any:
-    """Correct an exit code: outside `errors`, typer reports SIGTERM as Ctrl-C."""
+    """Return the exit code, corrected after SIGTERM: outside `errors`, typer returns the code of Ctrl-C."""
     return TERMINATED if code == INTERRUPTED and _signal == signal.SIGTERM else code
 
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Report errors on stderr, as text or as a JSON object, and exit with the matching code."""
+    """Report an error of the `with` block on stderr, as text or as JSON, and exit with the matching code."""
     try:
         yield
     except MaskwireError as error:
@@ -124,7 +124,7 @@ def errors(as_json: bool) -> Iterator[None]:
 
 
 def _for_command(words: str, reason: str) -> str:
-    """Replace the remedies for Python code in a message by command-line options."""
+    """Replace the remedies for Python code in a message by those for the command line."""
     for call, option in _REMEDIES.get(reason, {}).items():
         words = words.replace(call, option)
     return words

@@ -170,7 +170,7 @@ def generate(
     with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError("the server is still building the model; run the command again")
+            raise UnavailableError("the server is still building the model; run the command again later")
         model = status.model
         codec = codec_of(model, client.tokenizer_of_run())
         given = read_prompts(prompt or [], prompt_ids or [], gap=gap, length=length, model=model, codec=codec)
@@ -209,7 +209,7 @@ def _live(
     codec: TextCodec | None,
     console: Console,
 ) -> tuple[GenerateResult, bool]:
-    """Show the rows as they are unmasked. Returns the last state, and whether it was shown."""
+    """Show the rows while they are unmasked. Returns the final result, and whether it was shown."""
     shown, seen = 0.0, True
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         for found in states:

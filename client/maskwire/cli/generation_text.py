@@ -33,20 +33,20 @@ def read_prompts(
     model: ModelInfo,
     codec: TextCodec | None,
 ) -> list[Prompt]:
-    """Parse texts and lists of ids as prompts, and extend each with gaps up to `length`.
+    """Parse texts and lists of ids as prompts, and extend each with gaps up to `length` tokens.
 
-    Without a length, a text without a gap is extended to the longest row of the model.
-    Raises ValueError for a text if the run has no codec for texts, for a length that the model does not take,
-    and for a malformed list of ids.
+    If no length is given, a text without a gap is extended to the longest row of the model. Raises ValueError
+    for a text if `codec` is None, for a length that the model does not take or that is too short for a
+    prompt, and for a malformed list of ids.
     """
     if len(gap) != 1:
         state = "be one character" if gap else "not be empty"
-        raise ValueError(f"--gap must {state}, got {gap!r}: it is the character that marks one token to fill")
+        raise ValueError(f"--gap must {state}, got {gap!r}: give the character that marks a token to fill")
     if texts and codec is None:
         raise ValueError(
             "--prompt needs a model of bytes (num_tokens 257, mask_id 256) or a run that keeps its "
-            f"tokenizer, but it has num_tokens {model.num_tokens}, mask_id {model.mask_id} and none; give "
-            "token ids with --prompt-ids"
+            f"tokenizer, but the model has num_tokens {model.num_tokens}, mask_id {model.mask_id}, and the "
+            "run keeps no tokenizer; give token ids with --prompt-ids"
         )
     longest_row = row_length(length, model)
     rows = [] if codec is None else [_from_text(text, gap, model.mask_id, codec) for text in texts]
@@ -64,7 +64,7 @@ def read_prompts(
 
 def _from_text(text: str, gap: str, mask_id: int, codec: TextCodec) -> list[int]:
     if not text:
-        raise ValueError("--prompt must not be empty; leave it out to sample without a prompt")
+        raise ValueError("--prompt must not be empty; leave out --prompt to sample without a prompt")
     ids = list(codec.start)
     for place, part in enumerate(text.split(gap)):
         ids += [mask_id] * bool(place)
@@ -85,7 +85,7 @@ def _from_list(words: str, gap: str, mask_id: int) -> list[int]:
 
 
 def decode_row(row: npt.NDArray[np.int64], model: ModelInfo, codec: TextCodec | None) -> str | None:
-    """Decode a row up to the id that ends a text; None without a codec."""
+    """Decode a row of ids as text, up to the id that ends a text. Returns None if `codec` is None."""
     if codec is None:
         return None
     begin = len(codec.start) if tuple(row[: len(codec.start)]) == codec.start else 0
@@ -100,7 +100,7 @@ def decode_row(row: npt.NDArray[np.int64], model: ModelInfo, codec: TextCodec | 
 
 
 def _printable(text: str) -> str:
-    """Replace what is not printable: a sampled escape sequence must not reach the terminal."""
+    """Replace unprintable characters, because a sampled escape sequence must not reach the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 

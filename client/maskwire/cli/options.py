@@ -65,7 +65,7 @@ ResponseField = Annotated[
 Pattern = Annotated[
     str,
     typer.Option(
-        help="Use only the files in folders whose names match, such as '*.txt'.", rich_help_panel=DATA_PANEL
+        help="In folders, use only the files whose names match, such as '*.txt'.", rich_help_panel=DATA_PANEL
     ),
 ]
 Dtype = Annotated[
@@ -93,19 +93,22 @@ Length = Annotated[
 
 
 def length_of_paths(length: int | None, paths: Any) -> int:
-    """The length to open data with, before the model is known: --length, or that of packed rows, or 1."""
+    """Return the row length to open data with, before the model is known.
+
+    It is --length if that is given, or else the length of packed rows, or else 1.
+    """
     return packed_length(paths) or 1 if length is None else length
 
 
 def row_length(length: int | None, model: ModelInfo, data: TokenData | None = None) -> int:
-    """Tokens per row: the length of packed rows, or --length, or the longest row of the model.
+    """Return the tokens per row: the length of packed rows, or --length, or the model's longest row.
 
-    Raises ValueError if it is too long.
+    Raises ValueError if the model takes no rows of this length.
     """
     packed = None if data is None else data.packed_length
     if packed is not None and packed > model.max_seq_len:
         raise ValueError(
-            f"the data is packed into rows of {packed} tokens, and the longest row of the model has "
+            f"the data is packed into rows of {packed} tokens, but the longest row of the model has "
             f"{model.max_seq_len} (max_seq_len): prepare the data again with --pack {model.max_seq_len}, or "
             f"start a run with max_seq_len = {packed}"
         )
@@ -198,7 +201,7 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class ServerConnection:
-    """The server that a command talks to, and the credentials for it."""
+    """The address of the server that a command connects to, with the credentials for it."""
 
     target: str
     retry_for: float
@@ -206,21 +209,21 @@ class ServerConnection:
     as_json: bool
 
     def wait(self, words: str) -> None:
-        """Report what the command waits for."""
+        """Report on stderr what the command is waiting for."""
         tell(json.dumps({"waiting": words}) if self.as_json else words)
 
     def tell_takeover(self, words: str) -> None:
-        """Report whose session was taken over."""
+        """Report on stderr whose session was taken over."""
         tell(json.dumps({"takeover": words}) if self.as_json else words)
 
     def attach(self) -> Client:
-        """Connect without opening a session."""
+        """Return a Client, which opens no session."""
         return attach(
             self.target, retry_for=self.retry_for, on_wait=self.wait, **self.credentials
         )  # fmt: skip
 
     def connect(self, **options: Any) -> Trainer:
-        """Connect and open a session, as the run's writer."""
+        """Open a session as the run's writer, and return its Trainer."""
         return connect(
             self.target, retry_for=self.retry_for, on_wait=self.wait, on_takeover=self.tell_takeover,
             **options, **self.credentials,
@@ -228,9 +231,10 @@ class ServerConnection:
 
 
 def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's parameter `server` by the connection options, and map errors to exit codes.
+    """Decorate a command: replace its parameter `server` by connection options, and report its errors.
 
-    `retry_for` is the default of --retry-for. Errors are shown as JSON if the command's own `as_json` is set.
+    `retry_for` is the default of --retry-for, in seconds. An error ends the command with an exit code, and is
+    shown as JSON if the command's parameter `as_json` is true.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

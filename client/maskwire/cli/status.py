@@ -1,4 +1,4 @@
-"""`maskwire status` and `maskwire health`."""
+"""The commands `maskwire status` and `maskwire health`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def status(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the run's state, step and speed, its writer, and what it is waiting for."""
+    """Show the run's state, step, speed and writer, and what the run is waiting for."""
     with server.attach() as client:
         if not watch:
             _show_status(client, until_step, as_json)
@@ -63,8 +63,10 @@ def health(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Check the server: exit code 0 if it is serving, 1 if not, 3 if there is no answer within
-    --retry-for seconds.
+    """Check whether the server is serving.
+
+    The exit code is 0 if it is serving, 1 if it is not, and 3 if it does not answer within --retry-for
+    seconds.
     """
     endpoint = Endpoint.of(server.target, **server.credentials)
     with endpoint.channel() as channel:
@@ -73,7 +75,7 @@ def health(
         call: Any = channel.unary_unary(HEALTH_METHOD)
         name = service.encode()
         if len(name) > 127:  # a longer name needs a length of two bytes
-            raise ValueError(f"--service must be at most 127 bytes long, got {len(name)}")
+            raise ValueError(f"--service must be at most 127 bytes long, got {len(name)} bytes")
         request = b"\x0a" + bytes([len(name)]) + name if name else b""
         try:
             serving = _check(call, request, server.retry_for, endpoint)
@@ -83,8 +85,8 @@ def health(
                 raise ValueError(f"--service must be empty or 'liveness', got {service!r}") from None
             if failure.unreachable:
                 raise UnavailableError(
-                    f"{server.target} did not answer ({failure.error}); is the server running and the "
-                    "address right?",
+                    f"{server.target} did not answer ({failure.error}); check that the server is running and "
+                    "the address is right",
                     reason=failure.error.reason,
                 ) from None
             raise failure.error from None

@@ -165,7 +165,7 @@ def train(
     """
     if (until_step is None) == (epochs is None):
         given = "neither" if epochs is None else f"--until-step {until_step} and --epochs {epochs}"
-        raise ValueError(f"give --until-step or --epochs, which say when to stop, got {given}")
+        raise ValueError(f"give either --until-step or --epochs to say when to stop, got {given}")
     if until_step is not None and until_step < 0:
         raise ValueError(f"--until-step must be at least 0, got {until_step}")
     for option, value in (
@@ -184,8 +184,8 @@ def train(
             raise ValueError(f"{option} needs --eval-every, the number of steps between evaluations")
     if eval_data is not None and held_out is not None:
         raise ValueError(
-            f"--eval-data {eval_data} and --held-out {held_out:g} exclude each other: the first evaluates on "
-            "other data and trains on all of PATH; leave one of them out"
+            f"--eval-data {eval_data} and --held-out {held_out:g} exclude each other: --eval-data "
+            "evaluates on other data, and trains on all of PATH; leave one of them out"
         )
     loggers = [open_logger(specification) for specification in log or []]
     options: dict[str, Any] = {
@@ -265,7 +265,7 @@ def train(
 
 
 def _open_evaluation(path: str, dtype: str | None, options: dict[str, Any]) -> TokenData:
-    """Open --eval-data; the options that describe texts do not apply to a file or folder of ids."""
+    """Open the data of --eval-data. A file or folder of ids is opened without the options for texts."""
     if not holds_tokens(path):
         return open_data(path, dtype=dtype, **options)
     fields = ("text_field", "prompt_field", "response_field")
@@ -273,7 +273,7 @@ def _open_evaluation(path: str, dtype: str | None, options: dict[str, Any]) -> T
 
 
 def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
-    """Raise TokenizerError if both tokenizers are known and differ: their ids mean different things."""
+    """Raise TokenizerError if both tokenizers are known and differ: their ids have different meanings."""
     if ours and theirs and ours != theirs:
         raise TokenizerError(
             f"{whose} uses tokenizer {ours}, but this data uses {theirs}: prepare the data with "
@@ -283,7 +283,7 @@ def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
 
 
 def _split(data: TokenData, held_out: float) -> tuple[TokenData, TokenData]:
-    """Split into (training, held out). The message of an error names the options."""
+    """Split data into (training, held out). The message of an error names the command's options."""
     try:
         return data.split(held_out)
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""The symbol that some tokenizers put before a text as if it began with a space.
+"""The symbol that some tokenizers put before a text, as if the text began with a space.
 
 SentencePiece-like tokenizers (Metaspace, Prepend) encode "46" as "▁46", and ByteLevel with `add_prefix_space`
-as "Ġ46". Where a text continues another, as "46" after "12+34=", this would insert a space.
+as "Ġ46". Where a text continues another one, such as "46" after "12+34=", the symbol would insert a space.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ class AutomaticPrefix:
     """Finds the prefix of a tokenizer, and encodes texts without it."""
 
     def __init__(self, loaded: Any) -> None:
-        """`loaded` is a Tokenizer of the package `tokenizers`."""
+        """Find the prefix of `loaded`, a Tokenizer of the package `tokenizers`."""
         self._loaded = loaded
         self._added = loaded.get_added_tokens_decoder()
         self.symbol = "".join(self._pieces("a"))[:-1]
-        """The prefix; empty if the tokenizer puts none."""
-        # Metaspace and ByteLevel put none before a space; the normalizer Prepend does.
+        """The prefix; empty if the tokenizer adds none."""
+        # Metaspace and ByteLevel add no prefix before a space; the normalizer Prepend does.
         self._before_space = "".join(self._pieces(" a")).startswith(self.symbol * 2)
 
     def _pieces(self, text: str) -> list[str]:
-        """The parts of a text that the model encodes one by one; the prefix is in the first."""
+        """Return the parts of a text that the model encodes one by one. The first contains the prefix."""
         normalizer, splitter = self._loaded.normalizer, self._loaded.pre_tokenizer
         text = text if normalizer is None else normalizer.normalize_str(text)
         return [text] if splitter is None else [piece for piece, _ in splitter.pre_tokenize_str(text)]
 
     def remove(self, text: str, encoding: Any, first: int, last: int) -> list[int]:
-        """The ids `first` to `last` of the encoding of a text, encoded without the prefix."""
+        """Return the ids from `first` up to `last` of a text, as if it were encoded without the prefix."""
         ids: list[int] = encoding.ids[first:last]
         if not self.symbol or not ids or ids[0] in self._added:
             return ids

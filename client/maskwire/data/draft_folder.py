@@ -1,9 +1,9 @@
-"""A prepared folder while it is being written, so that a preparation that was killed can resume.
+"""The draft of a prepared folder, from which a preparation that was killed can resume.
 
 The draft is a hidden folder, `.NAME.part`, beside the final one. Its files are only appended to.
-`progress.json` records how much of them is valid and the position in the sources; it is replaced after the
-files were flushed. After a kill, the next call truncates the files to what `progress.json` records, and the
-same bytes follow.
+`progress.json` records how many of their bytes are valid, and the position in the sources; it is replaced
+only after the files have been flushed to disk. After a kill, the next call truncates the files to what
+`progress.json` records, and then writes the same bytes that an unbroken run would have written.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BUFFER = 2**20
 
 @dataclass
 class Progress:
-    """How far the preparation has got: what was written, and the position in the sources."""
+    """The progress of a preparation: how much was written, and the position in the sources."""
 
     identity: str
     """Identifies sources and options: if they changed, preparing restarts from the beginning."""
@@ -54,25 +54,26 @@ class Progress:
     end: list[int] = field(default_factory=list)
 
     def drop(self, reason: str) -> None:
-        """Count a record that was left out."""
+        """Count a record that was left out, under the reason."""
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
 
 def draft_path(out: Path) -> Path:
-    """Where the draft of the folder `out` is."""
+    """The path of the draft of the folder `out`."""
     return out.parent / f".{out.name}.part"
 
 
 class DraftFolder:
-    """Appends documents, and records the progress. Use it in a `with` statement."""
+    """A draft to which documents are appended, with the progress. Use it in a `with` statement."""
 
     def __init__(
         self, out: Path, identity: str, dtype: str, *, prompts: bool, refused: Collection[str] = ()
     ) -> None:
-        """Open the draft of the folder `out`.
+        """Open the draft of the folder `out`, or start a new one.
 
-        A draft of other sources or options is deleted, and one that dropped a record for a reason in
-        `refused`. Raises ValueError while another process writes it.
+        An existing draft is deleted if it has another `identity`, which stands for the sources and options,
+        or if it dropped a record for a reason in `refused`. Raises ValueError if another process has the
+        draft open.
         """
         self.path = draft_path(out)
         self._dtype = np.dtype(dtype).newbyteorder("<")
@@ -98,7 +99,7 @@ class DraftFolder:
             self._files[PROMPTS] = self._open(f"{PROMPTS}.raw", self.progress.documents * 8)
 
     def _saved(self) -> Progress | None:
-        """The progress that an earlier call saved; None if there is none or a file is too short for it."""
+        """The progress that an earlier call saved; None if it saved none, or if a file is too short."""
         try:
             found = Progress(**json.loads((self.path / _PROGRESS).read_bytes()))
             whole = (self.path / TOKENS).stat().st_size >= found.tokens * self._dtype.itemsize
@@ -117,7 +118,7 @@ class DraftFolder:
         return file
 
     def add(self, parts: Iterable[Ids], prompt: int = 0) -> None:
-        """Append a document, whose first `prompt` ids are its prompt."""
+        """Append a document, given as parts of its ids. The first `prompt` ids are its prompt."""
         size = 0
         for ids in parts:
             self._files[TOKENS].write(ids.astype(self._dtype, copy=False).tobytes())
@@ -130,7 +131,7 @@ class DraftFolder:
             self._files[PROMPTS].write(prompt.to_bytes(8, "little"))
 
     def save(self) -> None:
-        """Make what was written durable."""
+        """Flush the documents to disk, and then record the progress."""
         for file in self._files.values():
             _flush(file)
         draft = self.path / f"{_PROGRESS}.new"
@@ -142,7 +143,7 @@ class DraftFolder:
     def pack(self, length: int) -> tuple[int, int]:
         """Pack the documents into rows of `length` tokens. Returns (rows, documents that were cut).
 
-        The rows depend only on the sizes of the documents, so packing that was stopped starts over.
+        The rows depend only on the sizes of the documents, so packing that was stopped is repeated.
         """
         self.save()
         packer, rows, pieces = RowPacker(length, OPEN_ROWS), 0, 0
@@ -157,7 +158,7 @@ class DraftFolder:
         return rows, packer.cut
 
     def _sizes(self) -> Iterator[int]:
-        """The sizes of the documents, read in parts."""
+        """Yield the number of tokens of each document. The file of the documents' ends is read in parts."""
         before = 0
         with (self.path / f"{DOCUMENTS}.raw").open("rb") as file:
             while part := file.read(_BUFFER):
@@ -166,9 +167,9 @@ class DraftFolder:
                 before = int(ends[-1])
 
     def complete(self, metadata: PreparedMetadata, out: Path, copies: dict[str, bytes]) -> None:
-        """Write the remaining files, and move the folder to `out`, replacing one that exists.
+        """Write the remaining files, and move the draft to `out`, replacing a folder that exists there.
 
-        Until the folder was moved, it can resume: an error costs nothing.
+        After an error before the move, a later call can still resume from the draft.
         """
         self.save()
         for name in self._files:
@@ -183,7 +184,7 @@ class DraftFolder:
             _flush(text)
         self._close()
         old = self.path.with_suffix(".old")
-        if old.exists():  # a call was killed before it had deleted it
+        if old.exists():  # an earlier call was killed before it deleted this folder
             shutil.rmtree(old)
         if out.exists():
             out.rename(old)
@@ -193,7 +194,7 @@ class DraftFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def _to_array(self, name: str, count: int) -> None:
-        """Put the header of a `.npy` file before raw int64 numbers."""
+        """Write the `.npy` file `name` from its `.raw` file, which holds `count` int64 numbers."""
         raw = self.path / f"{name}.raw"
         with raw.open("rb") as source, (self.path / name).open("wb") as file:
             header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
@@ -209,7 +210,7 @@ class DraftFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Keep the draft if it was not completed and its saved progress has documents; else delete it."""
+        """After an error, keep the draft if its saved progress has documents; otherwise delete it."""
         with contextlib.suppress(OSError):
             self._close()
         saved = None if kind is None else self._saved()
@@ -218,7 +219,7 @@ class DraftFolder:
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:
-    """Lock a file until it is closed or the process ends. Without fcntl (on Windows) nothing is locked."""
+    """Lock a file until it is closed or the process ends. On Windows, which has no fcntl, do nothing."""
     try:
         import fcntl
     except ImportError:
@@ -228,7 +229,7 @@ def _lock(file: IO[bytes], folder: Path) -> None:
     except BlockingIOError:
         file.close()
         raise ValueError(
-            f"{folder}: another process prepares the same folder; wait, or choose another"
+            f"{folder}: another process is preparing the same folder; wait for it, or choose another folder"
         ) from None
 
 

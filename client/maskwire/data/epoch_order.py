@@ -1,8 +1,8 @@
-"""The order of rows without replacement: a random permutation per epoch, computed by index.
+"""The order of rows drawn without replacement: one random permutation of the rows per epoch.
 
-A Feistel network permutes the numbers below a power of four, whatever its round function is. A result that
-is not below the number of rows is permuted again until it is ("cycle walking", Black and Rogaway 2002,
-"Ciphers with arbitrary finite domains"). Each index is computed by itself, so no permutation is stored.
+A Feistel network with any round function permutes the numbers below a power of four. A result that is not
+below the number of rows is permuted again until it is ("cycle walking", Black and Rogaway 2002, "Ciphers with
+arbitrary finite domains"). Each number is computed independently, so no permutation is stored.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Numbers = npt.NDArray[np.uint64]
 
 
 class EpochOrder:
-    """Each row once per epoch, in a new order in each epoch; the last batch continues into the next epoch."""
+    """An order with each row once per epoch. Each epoch has a new order, and a batch may span two epochs."""
 
     def __init__(self, rows: int, seed: int) -> None:
-        """`rows` must be at least 1."""
+        """Make the order of `rows` rows, at least 1, from a seed."""
         self._rows, self._seed = rows, seed
         self._half_bits = max(1, ((rows - 1).bit_length() + 1) // 2)
 
     def batch(self, step: int, size: int) -> npt.NDArray[np.int64]:
-        """The row numbers of a step, integers [size]. Raises ValueError for a step below 1."""
+        """Return the row numbers of a step, of shape [size]. Raises ValueError for a step below 1."""
         if step < 1:
             raise ValueError(f"step must be at least 1, got {step}: steps count from 1")
         first = (step - 1) * size
@@ -56,7 +56,7 @@ class EpochOrder:
 
 
 def _mixed(numbers: Numbers) -> Numbers:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014), modulo 2^64."""
+    """Mix the bits of numbers by the finalizer of splitmix64 (Steele, Lea and Flood 2014), modulo 2^64."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
     numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
     return numbers ^ (numbers >> np.uint64(31))

@@ -28,7 +28,7 @@ class DataChangedError(ValueError):
 
 
 class FileArray:
-    """A one-dimensional array of integers in a file; slicing reads that part of the file."""
+    """A one-dimensional array of integers in a file. Taking a slice reads only that part of the file."""
 
     def __init__(
         self,
@@ -38,9 +38,10 @@ class FileArray:
         size: int | None = None,
         stamp: tuple[int, int] | None = None,
     ) -> None:
-        """Describe `size` integers that start at byte `offset`; by default all that follow.
+        """Describe `size` integers that start at byte `offset` of a file; by default, all up to its end.
 
-        `stamp` is the file's size in bytes and its modification time in nanoseconds, if known already.
+        `stamp` is the file's size in bytes and its modification time in nanoseconds, if the caller knows
+        them.
         """
         self._path = Path(path).absolute()  # the process may change its working directory
         self._file: _File | None = None
@@ -58,7 +59,7 @@ class FileArray:
     def __getitem__(self, part: slice) -> Ids:
         start, stop, step = part.indices(self.size)
         if step != 1:
-            raise ValueError(f"a slice of a file must not have a step, got {part}")
+            raise ValueError(f"a slice of an array in a file must have step 1, got {part}")
         begin, width = self._offset + start * self.dtype.itemsize, self.dtype.itemsize
         wanted = max(0, stop - start) * width
         try:
@@ -68,11 +69,11 @@ class FileArray:
         except OSError as error:
             raise self._changed(error.strerror or str(error)) from error
         if found.st_size != self._bytes:
-            raise self._changed(f"it had {self._bytes:,} bytes and now has {found.st_size:,}")
+            raise self._changed(f"the file had {self._bytes:,} bytes and now has {found.st_size:,}")
         if found.st_mtime_ns != self._modified:
-            raise self._changed("it was written to")
+            raise self._changed("the modification time of the file changed")
         if len(read) != wanted:
-            raise self._changed(f"the file ended at byte {begin + len(read):,}")
+            raise self._changed(f"the file ended early, at byte {begin + len(read):,}")
         return np.frombuffer(read, self.dtype)
 
     def _open(self) -> _File:
@@ -83,7 +84,7 @@ class FileArray:
 
     def _changed(self, why: str) -> DataChangedError:
         return DataChangedError(
-            f"{self._path}: the file changed while it was in use as data ({why}); restore it, or open "
+            f"{self._path}: the file changed while it was in use as data ({why}); restore the file, or open "
             "the data again"
         )
 
@@ -103,7 +104,7 @@ class Files(Sequence[FileArray]):
         self._keep_open()
 
     def _keep_open(self) -> None:
-        # The cache must not refer to `self`, so that the files are closed as soon as this object is released.
+        # The cache must not refer to `self`: then the files are closed as soon as this object is deallocated.
         array = functools.partial(_array, self._paths, self.sizes, self._modified)
         self._arrays = functools.lru_cache(_MAX_OPEN)(array)
 
@@ -130,14 +131,14 @@ def _array(
 
 
 class _File:
-    """An open file, closed when it is released."""
+    """An open file, which is closed when this object is deallocated."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def read(self, size: int, offset: int) -> bytes:
-        """Read `size` bytes at `offset`; fewer only at the end of the file."""
+        """Read `size` bytes at byte `offset`; return fewer only at the end of the file."""
         read = self._read(size, offset)
         if len(read) == size or not read:
             return read

@@ -63,19 +63,19 @@ class ByteData(TokenData):
         pattern: str = "*",
         any_format: bool = False,
     ) -> None:
-        """Open files.
+        """Open files, each of which becomes a document of bytes.
 
         paths: Files, folders that are searched for files, or globs.
         length: Tokens per row.
         batch_size: Rows per batch.
-        seed: Seed of the choice of rows.
+        seed: Seed for the choice of rows.
         sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
-        pattern: Use only the files in folders whose names match, such as "*.txt".
+        pattern: In folders, use only the files whose names match, such as "*.txt".
         any_format: Also read files that are not text: packed ids, arrays, archives, JSON Lines.
 
-        Skipped with a message are hidden and empty files, links to folders, and files that maskwire itself
-        wrote: metrics, run directories, checkpoints, prepared data. Raises ValueError for a length or batch
-        size below 1, if no file is left, and for files that are not text unless `any_format`.
+        Hidden files, empty files, links to folders, and files that maskwire itself wrote (metrics, run
+        directories, checkpoints, prepared data) are skipped with a message. Raises ValueError for a length or
+        batch size below 1, if no file is left, and for files that are not text unless `any_format`.
         """
         files = find_files(paths, pattern, any_format=any_format)
         self._open(files, length=length, batch_size=batch_size, seed=seed, sampling=sampling)
@@ -101,18 +101,18 @@ class FileTokens(TokenData):
         sampling: str = "crops",
         dtype: str | None = None,
     ) -> None:
-        """Open a file or folder.
+        """Open a file or folder of token ids.
 
         path: A folder written by `maskwire data prepare`, a `.npy` file or, with `dtype`, packed ids.
         length: Tokens per row.
         batch_size: Rows per batch.
-        seed: Seed of the choice of rows.
+        seed: Seed for the choice of rows.
         sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
         dtype: The type of packed ids: uint8, uint16 or int32.
 
-        A `.npy` file holds integers [n], one document, or [rows, n], one document per row. Packed ids are
-        little-endian integers of `dtype` (uint8, uint16 or int32) without a header, one document.
-        Raises ValueError for anything else.
+        A `.npy` file holds integers of shape [n], which are one document, or of shape [rows, n], with one
+        document per row. Packed ids are little-endian integers of `dtype` without a header, and are one
+        document. Raises ValueError for any other file or folder.
         """
         path = Path(path)
         tokenizer, bytes_per_token = "", None
@@ -135,8 +135,8 @@ class FileTokens(TokenData):
             size, width = path.stat().st_size, np.dtype(dtype).itemsize
             if size % width or not size:
                 raise ValueError(
-                    f"{path} has {size:,} bytes, which is not a whole number of {dtype} ids ({width} bytes); "
-                    "check dtype (--dtype)"
+                    f"{path} has {size:,} bytes, which is not a whole number of {dtype} ids of {width} "
+                    "bytes each; check dtype (--dtype)"
                 )
             flat = FileArray(path, _little_endian(dtype))
             documents = Documents.from_packed(flat, np.array([flat.size]))
@@ -164,24 +164,26 @@ def open_data(
     prompt_field: str | None = None,
     response_field: str | None = None,
 ) -> TokenData:
-    """Open data; what the paths hold decides how.
+    """Open training data from files, folders, addresses or a data set; the content decides the type.
 
     paths: One folder written by `maskwire data prepare`, one `.npy` file, one file of packed ids with its
         `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files, folders, globs, JSON
         Lines, Parquet and Arrow files, fsspec addresses, or a data set of the package `datasets`. The
-        texts of records and of addresses are held in memory; prepare larger ones.
+        texts of records and of addresses are held in memory; prepare larger ones with `maskwire data
+        prepare`.
     length: Tokens per row. A folder of packed rows has its own length, and the result is a PackedData.
     batch_size: Rows per batch.
-    seed: Seed of the choice of rows.
+    seed: Seed for the choice of rows.
     sampling: "crops" for rows at random places, or "epochs" for each row once per epoch. Packed rows are
         never cropped: "crops" draws whole rows.
-    pattern: Use only the files in folders whose names match, such as "*.txt".
+    pattern: In folders, use only the files whose names match, such as "*.txt".
     dtype: The type of packed ids: uint8, uint16 or int32.
     text_field: The field of a record that holds its text; "text" by default.
-    prompt_field, response_field: The fields of a prompt and its response; the result is a PairData.
+    prompt_field, response_field: The fields of a record that hold a prompt and its response. With them the
+        result is a PairData.
     any_format: Read files of any type as bytes.
 
-    Raises ValueError for anything else.
+    Raises ValueError for other data, and for arguments that do not fit the data.
     """
     fields = Fields(text_field, prompt_field, response_field)
     packed = packed_length(paths)
@@ -203,7 +205,7 @@ def open_data(
             )
         if fields.given:
             raise ValueError(
-                f"{given[0]} holds token ids, which have no fields; leave out the names of fields"
+                f"{given[0]} holds token ids, which have no fields; leave out the options that name fields"
             )
         if dtype is None and packed is not None:
             return _open_packed(Path(given[0]), options)
@@ -221,7 +223,7 @@ def open_data(
 
 
 def open_pairs(path: Path, **options: Any) -> PairData:
-    """Open a prepared folder of prompts and responses."""
+    """Open a prepared folder of prompts and responses as a PairData."""
     metadata = PreparedMetadata.read(path)
     prompts, _ = load_array(path / PROMPTS)
     if metadata.end_id is None:
@@ -235,7 +237,7 @@ def open_pairs(path: Path, **options: Any) -> PairData:
 
 
 def packed_length(paths: Paths) -> int | None:
-    """The tokens per row of a folder of packed rows; None for anything else."""
+    """The tokens per row, if the only path is a folder of packed rows; None for all other paths."""
     given = paths if isinstance(paths, list | tuple) else [paths]
     if len(given) != 1 or not isinstance(given[0], str | Path) or not (Path(given[0]) / METADATA).is_file():
         return None
@@ -266,7 +268,7 @@ def _prepared_documents(path: Path, metadata: PreparedMetadata) -> Documents:
 
 
 def _description(path: Path, metadata: PreparedMetadata) -> TokenizerDescription | None:
-    """The description of the tokenizer, which the run keeps; None if the tokenizer's file was deleted."""
+    """The tokenizer's description, for a run to keep; None if the tokenizer's file is not in the folder."""
     file = path / TOKENIZER_FILE
     if metadata.tokenizer != BYTES and not file.is_file():
         return None
@@ -295,15 +297,19 @@ def _in_memory(sources: list[Source], fields: Fields, options: dict[str, Any]) -
         size += item.record.size
         if size > _LARGEST_IN_MEMORY:
             raise ValueError(
-                f"the texts have more than {_LARGEST_IN_MEMORY:,} bytes, and records are held in memory; run "
-                "`maskwire data prepare` on them, and train on its folder"
+                f"the texts have more than {_LARGEST_IN_MEMORY:,} bytes, and records are held in memory; "
+                "prepare the texts with `maskwire data prepare`, and train on the folder that it writes"
             )
     if dropped:
         log.warning("%s records without text are left out", f"{dropped:,}")
     if not arrays:
         raise ValueError(
-            f"no record has text in {names([source.name for source in sources])}"
-            + ("; check the name of the field" if dropped else ": there are no records; give other data")
+            f"no record in {names([source.name for source in sources])} has text"
+            + (
+                "; check the name of the text's field"
+                if dropped
+                else ": there are no records; give other data"
+            )
         )
     documents = Documents.from_packed(np.concatenate(arrays), np.cumsum([array.size for array in arrays]))
     if tokenizer.end_id is None:
@@ -328,7 +334,7 @@ def _little_endian(dtype: str) -> np.dtype[Any]:
 
 
 def _not_token_ids(path: Path, dtype: str | None) -> str:
-    """The message for a path that cannot be opened as token ids."""
+    """The error message for a path that cannot be opened as token ids."""
     if not path.exists():
         return f"{path}: no such file or folder"
     if path.is_dir() or dtype in PACKED_TYPES or dtype is None:

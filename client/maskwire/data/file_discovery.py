@@ -39,7 +39,7 @@ Skipped = dict[str, list[str]]
 
 
 class File(Protocol):
-    """A local or a remote file."""
+    """The interface of local and remote files."""
 
     name: str
     """Its path or address."""
@@ -50,17 +50,17 @@ class File(Protocol):
 
     @property
     def head(self) -> bytes:
-        """The first `HEAD_BYTES`."""
+        """The first `HEAD_BYTES` bytes of the file."""
 
     def open(self) -> IO[bytes]:
-        """Open the file for reading; the result can seek."""
+        """Open the file for reading bytes. The result is seekable."""
 
 
 AnyFile = TypeVar("AnyFile", bound=File)
 
 
 class LocalFile:
-    """A file at a path."""
+    """A file at a local path."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -70,12 +70,12 @@ class LocalFile:
 
     @property
     def head(self) -> bytes:
-        """The first `HEAD_BYTES`."""
+        """The first `HEAD_BYTES` bytes of the file."""
         with self.open() as file:
             return file.read(HEAD_BYTES)
 
     def open(self) -> IO[bytes]:
-        """Open the file for reading."""
+        """Open the file for reading bytes."""
         return self.path.open("rb")
 
 
@@ -94,11 +94,11 @@ def find_files(
 def expand(
     paths: str | Path | Iterable[str | Path], pattern: str, skipped: Skipped, *, datasets: bool = False
 ) -> list[Path]:
-    """The non-empty files at paths, in folders and of globs, sorted.
+    """Return the non-empty files that are given as paths, folders or globs, sorted by path.
 
-    With `datasets`, a folder that holds a saved data set is returned itself and not searched for files. What
-    is left out is added to `skipped`. Raises ValueError for a path that does not exist, and if nothing
-    is found.
+    With `datasets`, a folder that holds a saved data set is returned as a folder, and is not searched for
+    files. Files and folders that are left out are added to `skipped`. Raises ValueError for a path that does
+    not exist, and if no file is found.
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     found: set[Path] = set()
@@ -114,7 +114,9 @@ def expand(
             else:
                 skip(skipped, EMPTY, path)
         elif path.is_symlink():
-            raise ValueError(f"{path}: a link to {path.readlink()}, which does not exist")
+            raise ValueError(
+                f"{path} is a link to {path.readlink()}, which does not exist; give another path"
+            )
         else:
             raise ValueError(f"{path}: {SPECIAL}" if path.exists() else f"{path}: no such file or folder")
     if not found:
@@ -124,12 +126,12 @@ def expand(
 
 
 def _matches(path: Path) -> list[Path]:
-    """The paths that match a glob; any other path, or one that exists literally, itself."""
+    """Return the paths that match a glob; a path that exists, or that is no glob, is returned unchanged."""
     if os.path.lexists(path) or not glob.has_magic(str(path)):
         return [path]
     found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (takes absolute patterns)
     if not found:
-        raise ValueError(f"{path}: no file or folder matches")
+        raise ValueError(f"{path}: no file or folder matches this glob")
     return found
 
 
@@ -184,10 +186,11 @@ def select(
     any_format: bool = False,
     may_be_empty: bool = False,
 ) -> list[AnyFile]:
-    """Leave out maskwire's own files, report what is skipped, and refuse files that are not data.
+    """Return the files that are data: skip maskwire's own files with a message, and refuse other types.
 
-    With `fields`, files with records such as JSON Lines are accepted like text; if a field is named, all
-    other files are left out. Raises ValueError if nothing is left, unless `may_be_empty`.
+    With `fields`, files with records, such as JSON Lines, are accepted like text; if a field is named, all
+    other files are left out. Raises ValueError for a refused file, and if no file is left, unless
+    `may_be_empty`.
     """
     maskwire_output = MaskwireOutput()
     data: list[AnyFile] = []
@@ -222,9 +225,10 @@ def select(
     if not data and not may_be_empty:
         if NO_FIELDS in skipped:
             raise ValueError(
-                f"{names(skipped[NO_FIELDS])}: {NO_FIELDS}; leave out the names of fields to read texts"
+                f"{names(skipped[NO_FIELDS])}: {NO_FIELDS}; to read texts, leave out the options that name "
+                "fields"
             )
-        raise ValueError(f"no data found in the given paths: {names(skipped[OWN])} skipped, {OWN}")
+        raise ValueError(f"no data found in the given paths: {names(skipped[OWN])}: {OWN}; give other data")
     for words in reasons(skipped):
         log.warning("skipped %s", words)
     if tables:
@@ -243,16 +247,16 @@ def select(
 
 
 def skip(skipped: Skipped, reason: str, name: object) -> None:
-    """Note that something is left out."""
+    """Add a name that is left out to `skipped`, under the reason."""
     skipped.setdefault(reason, []).append(str(name))
 
 
 def reasons(skipped: Skipped) -> list[str]:
-    """What is left out and why, in words."""
+    """Describe what is left out: one text per reason, with the names."""
     return [f"{names(which)}: {reason}" for reason, which in skipped.items()]
 
 
 def names(paths: Sequence[object]) -> str:
-    """At most three names, and how many more there are."""
+    """Join the names of paths: at most three, and how many more there are."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(map(str, paths[:3])) + more

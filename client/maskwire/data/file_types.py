@@ -144,7 +144,7 @@ def _packed(head: bytes) -> FileType | None:
 
 
 def unsupported(found: dict[str, FileType]) -> ValueError:
-    """The error about files that are not text."""
+    """The error for files that are not text. It says what to do with each of the first three."""
     shown = [f"{path} is {each.name}: {each.remedy}" for path, each in list(found.items())[:3]]
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     return ValueError(

@@ -1,4 +1,4 @@
-"""Hash the content of data: fast at any size, and independent of how the ids are stored."""
+"""A hash of the content of data, which is fast at any size and does not depend on how ids are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCKS, _BLOCK = 2**12, 2**12  # blocks, ids per block
 
 
 def content_hash(documents: Documents) -> str:
-    """Hash the size of every document, and all ids or evenly spread blocks of them."""
+    """Hash the size of every document, and the ids; of more than 2^24 ids, only evenly spread blocks."""
     digest = hashlib.sha256(documents.sizes.astype("<i8").tobytes())
     total = int(documents.sizes.sum())
     if total <= _MAX_HASHED:

@@ -24,12 +24,12 @@ def is_dataset(value: object) -> bool:
 
 
 def is_dataset_folder(path: Path) -> bool:
-    """Whether `save_to_disk` wrote a folder."""
+    """Whether a folder holds a data set that `save_to_disk` wrote."""
     return (path / _SPLITS).is_file() or ((path / _STATE).is_file() and (path / _INFO).is_file())
 
 
 def dataset_folders(files: Iterable[str]) -> list[str]:
-    """The folders that `save_to_disk` wrote, by the paths of the files in them."""
+    """Return the folders among `files` that `save_to_disk` wrote, as the names of their files show."""
     given = {PurePosixPath(file) for file in files}
     found = {file.parent for file in given if file.name == _SPLITS}
     found |= {file.parent for file in given if file.name == _STATE and file.with_name(_INFO) in given}
@@ -47,11 +47,13 @@ def load(path: Path) -> Any:
     try:
         return datasets.load_from_disk(str(path))
     except Exception as error:  # the package raises errors of many types
-        raise ValueError(f"{path}: cannot be loaded as a data set: {error}") from error
+        raise ValueError(
+            f"{path}: cannot be loaded as a data set: {error}; save the data set again"
+        ) from error
 
 
 class DatasetSource:
-    """The rows of a data set; places in it are row numbers."""
+    """A source of texts: the rows of a data set. A position in it is a row number."""
 
     def __init__(self, dataset: Any, fields: Fields, folder: Path | None = None) -> None:
         self.name = "data set" if folder is None else str(folder)
@@ -73,7 +75,7 @@ class DatasetSource:
         self.identity = str(getattr(dataset, "_fingerprint", uuid.uuid4().hex))
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the rows from row number `start` onwards; the first has the number 0."""
+        """Yield an Item for each row from number `start` onwards. The first row has the number 0."""
         dataset = self._dataset
         rows = len(dataset) if self._random_access else 0
         if self._random_access and start >= rows:  # `datasets` cannot select an empty range

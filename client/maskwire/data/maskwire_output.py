@@ -1,7 +1,7 @@
 """Recognise maskwire's own files: runs, checkpoints, metrics, configurations, logs and printed results.
 
-They lie beside the texts when maskwire is run in the folder of the texts. A run must never train on its own
-output: its batches would change while it trains.
+These files lie beside the texts when maskwire is run in the folder of the texts. A run must never train on
+its own output, because its batches would then change while it trains.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class MaskwireOutput:
 
 
 def is_recognized(path: PurePath, head: bytes, size: int) -> bool:
-    """Whether the name of a file, or what it begins with, shows that maskwire wrote it."""
+    """Whether the name or the first bytes of a file show that maskwire wrote it."""
     if path.name.startswith(JOURNAL) or _EVENTS in path.name or _PARTIAL.search(path.name):
         return True
     if any(_WANDB_RUN.match(part) for part in path.parts) or is_metrics(head):
@@ -177,7 +177,7 @@ def _holds_manifest(path: Path) -> bool:
 
 
 def _outputs() -> Iterator[tuple[int, int]]:
-    """Device and inode of the files that this process writes to, as in `maskwire train . > log.txt`."""
+    """Yield device and inode of the files that stdout and stderr go to, as in `maskwire train . > log`."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             found = os.fstat(descriptor)
@@ -185,7 +185,7 @@ def _outputs() -> Iterator[tuple[int, int]]:
 
 
 def is_metrics(head: bytes) -> bool:
-    """Whether a file begins with lines that `fit` writes to its `metrics` file."""
+    """Whether a file begins like one that `fit` writes: a `metrics` file, or the CSV file of a logger."""
     if head.startswith(_CSV_HEADER):
         return True
     if b'"step"' not in head:
@@ -193,7 +193,7 @@ def is_metrics(head: bytes) -> bool:
     lines = head.splitlines()[:3]  # the first may be truncated by log rotation
     if any(_is_metrics_line(line) for line in lines):
         return True
-    whole_file = len(head) < HEAD_BYTES  # if so, the line ends early because the disk was full
+    whole_file = len(head) < HEAD_BYTES  # then an incomplete line was cut off because the disk was full
     return whole_file and len(lines) == 1 and not _parsed(lines[0]) and bool(_METRICS_LINE.match(lines[0]))
 
 
@@ -210,7 +210,7 @@ def _parsed(line: bytes) -> object:
 
 
 def is_configuration(head: str) -> bool:
-    """Whether a text is a server configuration: it has the title, or consists of known settings only."""
+    """Whether a text is a server configuration: it begins with the title, or has only known settings."""
     if head.startswith(_TITLE):
         return True
     section, settings = "", 0

@@ -1,4 +1,4 @@
-"""Rows that each hold several documents, as `maskwire data prepare --pack` has packed them."""
+"""Rows that each hold several documents, packed by `maskwire data prepare --pack`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PackedData(TokenData):
     """Batches of packed rows, with segment ids that tell the documents of a row apart.
 
     Each document is one segment; a document longer than a row is cut into pieces, and each piece is a
-    segment. With `sampling="crops"` every row is equally likely, and rows are drawn with replacement; nothing
+    segment. With `sampling="crops"` rows are drawn with replacement, every row is equally likely, and none
     is cropped. With "epochs" each row comes once per epoch. Evaluations treat each segment as a separate row,
     which gives the same losses. `split` keeps all documents of a row, and all pieces of a document, on the
     same side.
@@ -45,19 +45,19 @@ class PackedData(TokenData):
         bytes_per_token: float | None = None,
         prompts: npt.NDArray[np.integer[Any]] | None = None,
     ) -> None:
-        """Use `open_data` to make one from a folder that `data prepare --pack` wrote.
+        """Make packed data from documents and their rows; `open_data` does so for a packed folder.
 
-        documents: The documents, integers [size] each.
-        pieces: Integers [pieces]: the numbers of the pieces in each row, one row after another. Pieces are
-            numbered in the order of the documents.
-        row_ends: Integers [rows]: where each row ends in `pieces`.
+        documents: Documents of integer ids.
+        pieces: Integers of shape [pieces]: the numbers of the pieces in each row, one row after another.
+            Pieces are numbered in the order of the documents.
+        row_ends: Integers of shape [rows]: where each row ends in `pieces`.
         length: Tokens per row.
         batch_size: Rows per batch.
-        seed: Seed of the choice of rows.
+        seed: Seed for the choice of rows.
         sampling: "crops" for rows drawn with replacement, or "epochs" for each row once per epoch.
-        tokenizer: What the ids encode: "bytes", "sha256:" and the hash of a tokenizer's file, or empty.
-        bytes_per_token: Bytes of text per token, for figures per byte.
-        prompts: Integers [documents]: how many ids of each document are its prompt.
+        tokenizer: The tokenizer of the ids: "bytes", "sha256:" and the hash of its file, or "" if unknown.
+        bytes_per_token: Average bytes of text per token. None: evaluations give no bits per byte.
+        prompts: Integers of shape [documents]: how many ids of each document are its prompt.
 
         Raises ValueError unless each piece is in exactly one row, and each row fits into `length`.
         """
@@ -86,7 +86,7 @@ class PackedData(TokenData):
             sizes = self._every.sizes[self._pieces]
             fit = int(np.add.reduceat(sizes, ends[:-1]).max()) <= self.length
         if not fit:
-            raise ValueError("the rows do not fit the documents; prepare the data again")
+            raise ValueError("the packed rows do not match the documents; prepare the data again")
 
     @property
     def packed_length(self) -> int:
@@ -99,14 +99,14 @@ class PackedData(TokenData):
         return int(self._row_ends.size)
 
     def fingerprint(self) -> dict[str, str]:
-        """As for other data, plus a hash of which documents share a row."""
+        """The parts that `TokenData.fingerprint` returns, and a hash of which documents share a row."""
         found = hashlib.sha256(self._row_ends.astype("<i8").tobytes())
         found.update(self._pieces.astype("<i8").tobytes())
         parts = super().fingerprint() | {"packing": f"sha256:{found.hexdigest()}"}
         return parts if self._prompts is None else parts | {"prompts": prompts_hash(self._prompts)}
 
     def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
-        """The batch of a step: rows of tokens, their segment_ids, and prompt_mask if there are prompts.
+        """Return the batch of a step: tokens, segment_ids, and a prompt_mask if the data has prompts.
 
         step: The step's number, from 1.
         """
@@ -131,21 +131,21 @@ class PackedData(TokenData):
         )
 
     def _row(self, row: int) -> list[int]:
-        """The pieces of a row."""
+        """The numbers of the pieces in a row."""
         start = int(self._row_ends[row - 1]) if row else 0
         found: list[int] = self._pieces[start : int(self._row_ends[row])].tolist()
         return found
 
     def _mask(self, piece: int) -> npt.NDArray[np.bool_]:
-        """The prompt mask of a pair, which is one piece."""
+        """The prompt mask of a pair of prompt and response, which is always one piece."""
         assert self._prompts is not None
         mask: npt.NDArray[np.bool_] = np.arange(self._documents.sizes[piece]) < self._prompts[piece]
         return mask
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """Segments as rows, in the order of the documents.
+        """Return the rows to evaluate on: one segment per row, in the order of the documents.
 
-        rows: How many, evenly spaced; None for all.
+        rows: The number of segments, evenly spaced. None: all of them.
         """
         count = len(self._every)
         chosen = range(count) if rows is None else self._spread(rows)
@@ -157,9 +157,9 @@ class PackedData(TokenData):
         )
 
     def spread(self, rows: int) -> list[Ids]:
-        """Segments evenly spread over the data, the same on every call.
+        """Return segments that are evenly spread over the data; every call returns the same.
 
-        rows: How many.
+        rows: The number of segments.
         """
         return [self._every[piece] for piece in self._spread(rows)]
 
@@ -168,9 +168,9 @@ class PackedData(TokenData):
         return found
 
     def _fractions(self) -> npt.NDArray[np.float64]:
-        """For each document, a hash of the row that holds its last piece, as a number in [0, 1).
+        """Return, for each document, a hash of the row with its last piece, as a number in [0, 1).
 
-        All other pieces fill a row alone. So documents share a row if and only if their numbers are equal.
+        Every other piece fills a row alone. So documents share a row if and only if their numbers are equal.
         """
         own = super()._fractions()
         last = self._every.ends - 1  # the last piece of each document
@@ -186,7 +186,7 @@ class PackedData(TokenData):
         return found
 
     def cropped(self, length: int) -> Self:
-        """The same rows, which cannot be cropped.
+        """Return the same rows: packed rows cannot be cropped to another length.
 
         length: Must be the length of the packed rows.
 
@@ -210,7 +210,7 @@ class PackedData(TokenData):
 
 
 def check_length(length: int | None, packed: int) -> None:
-    """Raise ValueError if a length is given that is not that of the packed rows."""
+    """Raise ValueError if a length is given that differs from `packed`, the length of the packed rows."""
     if length is not None and length != packed:
         raise ValueError(
             f"length (--length) must be {packed}, or left out, for data that is packed into rows of {packed} "

@@ -1,4 +1,4 @@
-"""Prompts with responses: rows whose prompt is given, and whose response is trained on."""
+"""Prompts with responses: the prompt is given to the model, and the response is trained on."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ log = logging.getLogger(__name__)
 class PairData(TokenData):
     """Pairs of a prompt and a response, one row each.
 
-    A row is the prompt, the response, and end ids up to `length`: the model learns from the end ids how long
-    a response is, as in the fine-tuning of LLaDA (Nie et al. 2025, "Large Language Diffusion Models"). So
-    generate rows of the same `length`. A pair that is longer than `length` with one end id is left out.
+    A row consists of the prompt, the response, and end ids up to `length`. From the end ids, the model learns
+    how long a response is, as in the fine-tuning of LLaDA (Nie et al. 2025, "Large Language Diffusion
+    Models"). Therefore, generate rows of the same `length`. A pair is left out if it does not fit into
+    `length` tokens together with one end id.
     """
 
     def __init__(
@@ -41,18 +42,18 @@ class PairData(TokenData):
         sampling: str = "crops",
         tokenizer: str = "",
     ) -> None:
-        """Use `open_data` to make one, from records with a prompt and a response or from a prepared folder.
+        """Make data of pairs; `open_data` does so for records with a prompt and a response.
 
-        documents: Each is a prompt, its response and `end_id`.
-        prompts: Integers [documents]: how many ids of each document are its prompt.
-        end_id: The id after a response, which also fills the row.
+        documents: Documents that each consist of a prompt, its response and `end_id`.
+        prompts: Integers of shape [documents]: how many ids of each document are its prompt.
+        end_id: The id after a response, which also fills the rest of the row.
         length: Tokens per row.
         batch_size: Rows per batch.
-        seed: Seed of the choice of rows.
+        seed: Seed for the choice of rows.
         sampling: "crops" for pairs drawn with replacement, or "epochs" for each pair once per epoch.
-        tokenizer: What the ids encode: "bytes", "sha256:" and the hash of a tokenizer's file, or empty.
+        tokenizer: The tokenizer of the ids: "bytes", "sha256:" and the hash of its file, or "" if unknown.
 
-        Raises ValueError unless each document has a prompt length below its size.
+        Raises ValueError unless each prompt is shorter than its document.
         """
         prompts = check_prompts(prompts, documents)
         self.files = []
@@ -71,15 +72,15 @@ class PairData(TokenData):
 
     @property
     def too_long(self) -> int:
-        """How many pairs are left out because they do not fit into `length`."""
+        """The number of pairs that are left out because they do not fit into `length` tokens."""
         return len(self._documents) - self._fitting.size
 
     def fingerprint(self) -> dict[str, str]:
-        """As for other data, plus a hash of the lengths of the prompts."""
+        """The parts that `TokenData.fingerprint` returns, and a hash of the lengths of the prompts."""
         return super().fingerprint() | {"prompts": prompts_hash(self._prompts)}
 
     def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
-        """The batch of a step: tokens [batch_size, length], and their prompt_mask.
+        """Return the batch of a step: tokens and prompt_mask, both of shape [batch_size, length].
 
         step: The step's number, from 1.
         """
@@ -94,9 +95,9 @@ class PairData(TokenData):
         return self._batch(numbers)
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """Rows with their prompt masks.
+        """Return the rows to evaluate on, with their prompt masks.
 
-        rows: How many, evenly spaced; None: every pair that fits.
+        rows: The number of rows, evenly spaced. None: every pair that fits into `length`.
         """
         self._check()
         if rows is not None:
@@ -106,13 +107,13 @@ class PairData(TokenData):
         return Batch(Computed(self._row, count), prompt_mask=Computed(self._mask, count))
 
     def whole(self) -> Any:
-        """Every pair no longer than `length` tokens, each as one row."""
+        """Return every pair that fits into `length` tokens, each as one row."""
         return Computed(self._row, self._fitting.size)
 
     def spread(self, rows: int) -> Any:
-        """Rows evenly spread over the data, the same on every call.
+        """Return rows that are evenly spread over the data; every call returns the same.
 
-        rows: How many.
+        rows: The number of rows.
         """
         return self.evaluation_rows(rows).tokens
 
@@ -134,12 +135,12 @@ class PairData(TokenData):
         return mask
 
     def _check(self) -> None:
-        """Raise ValueError if no pair fits; log once how many do not."""
+        """Raise ValueError if no pair fits into `length`. Warn once if some pairs do not fit."""
         if not self._fitting.size:
             raise ValueError(
                 f"none of the {len(self._documents):,} pairs fits into rows of length {self.length}: the "
-                f"shortest has {int(self._documents.sizes.min())} tokens, with its end; set a larger length "
-                "(--length)"
+                f"shortest pair has {int(self._documents.sizes.min())} tokens, including its end id; set a "
+                "larger length (--length)"
             )
         if self.too_long and not self._told:
             self._told = True
@@ -155,16 +156,16 @@ class PairData(TokenData):
 
 
 def check_prompts(prompts: npt.NDArray[np.integer[Any]], documents: Documents) -> npt.NDArray[np.int64]:
-    """The lengths of prompts as int64. Raises ValueError unless each document has one below its size."""
+    """Return the lengths of prompts as int64. Raises ValueError unless each is below its document's size."""
     found = np.asarray(prompts, dtype=np.int64)
     fit = found.shape == documents.sizes.shape and bool((found < documents.sizes).all())
     if not fit or (found < 0).any():
-        raise ValueError("the lengths of the prompts do not fit the documents; prepare the data again")
+        raise ValueError("the lengths of the prompts do not match the documents; prepare the data again")
     return found
 
 
 def prompts_hash(prompts: npt.NDArray[np.int64]) -> str:
-    """A hash of the lengths of prompts."""
+    """Return a hash of the lengths of prompts, such as "sha256:0f3a..."."""
     return f"sha256:{hashlib.sha256(prompts.astype('<i8').tobytes()).hexdigest()}"
 
 
@@ -181,5 +182,5 @@ class Computed(Sequence[Any]):
         if isinstance(index, slice):
             return [self._item(i) for i in range(*index.indices(self._size))]
         if not -self._size <= index < self._size:
-            raise IndexError(f"row must be 0 to {self._size - 1}, got {index}")
+            raise IndexError(f"the index of a row must be from 0 to {self._size - 1}, got {index}")
         return self._item(index % self._size)

@@ -44,7 +44,7 @@ _SAVE_BYTES, _SAVE_SECONDS = 2**26, 10.0  # of text, between two saves of the pr
 _LONGEST_ROW = 2**20  # tokens; model.max_seq_len allows no more
 NO_TOKENS = "no tokens"
 _SKIPPED = frozenset({INVALID, NOT_ENCODABLE, HAS_MASK})  # dropped only with skip_invalid
-_SKIP = "or drop and count such records with --skip-invalid (skip_invalid=True)"
+_SKIP = "to drop and count such records instead, use --skip-invalid (skip_invalid=True)"
 
 
 @refuse_unknown_keywords
@@ -67,10 +67,9 @@ def prepare(
 ) -> PreparedMetadata:
     """Tokenize texts and write the ids to the folder `out`. Each file or record becomes a document.
 
-    paths: Files, folders, addresses of fsspec (s3://...), or a data set of the package `datasets`. A file of
-        text is a document; JSON Lines, Parquet and Arrow have one per record, and so has CSV if a field is
-        named.
-        Files in folders are selected as in `ByteData`.
+    paths: Files, folders, addresses of fsspec (s3://...), or a data set of the package `datasets`. A text
+        file becomes one document. JSON Lines, Parquet and Arrow files give one document per record, and so
+        do CSV files if a field is named. Files in folders are selected as in `ByteData`.
     tokenizer: "bytes", or the path of a tokenizer.json or of a folder with one, which needs the extra
         `maskwire[tokenizers]` and UTF-8 text. The mask id is the tokenizer's own, or follows its last id.
     text_field: The field of a record that holds its text; "text" by default.
@@ -84,16 +83,17 @@ def prepare(
     pack: Fill rows of this many tokens with several documents each. Longer documents are cut into pieces,
         and longer pairs are dropped. `rows` and `filled` of the result say how full the rows are.
     skip_invalid: Drop records that cannot be read or encoded, and count them in `dropped`. By default the
-        first one is an error. A source that cannot be read at all is always an error.
-    on_progress: Called as `on_progress(done, total)`, in bytes of the sources.
+        first such record is an error. A source that cannot be read at all is always an error.
+    on_progress: Called as `on_progress(done, total)`, with numbers of bytes of the sources.
 
     `out` is created only once it is complete; an existing prepared folder is replaced only with `force`. If
     the process is stopped, the same call resumes from `.NAME.part` beside `out`, and the result is the same
-    to the byte; so does a call with `skip_invalid` after a record that could not be read. Records without
-    text are dropped and counted in `dropped`. Raises ValueError and OSError.
+    to the byte. After an error for an invalid record, a call with `skip_invalid` resumes too. Records
+    without text are dropped and counted in `dropped`. Raises ValueError for wrong arguments or data, and
+    OSError for files that cannot be read or written.
     """
     if pack is not None:
-        check_whole("pack (--pack), the tokens of a row,", pack, 1, _LONGEST_ROW)
+        check_whole("pack (--pack), the number of tokens per row,", pack, 1, _LONGEST_ROW)
     out = Path(out)
     fields = Fields(text_field, prompt_field, response_field)
     _check_out(out, force)
@@ -142,7 +142,7 @@ def _tokenizer(
     if fields.prompt is not None and special_tokens is False:
         raise ValueError(
             "special_tokens=False (--no-special-tokens) cannot be used with prompts and responses: the model "
-            "learns where a response ends from the end id after it"
+            "learns where a response ends from the end id after it; leave the option out"
         )
     if tokenizer != BYTES:
         return FileTokenizer(
@@ -170,7 +170,7 @@ def _write(
     skip_invalid: bool,
     report: Callable[[int, int], None],
 ) -> None:
-    """Append the texts of the sources; those of more than `longest` ids are dropped."""
+    """Tokenize the sources and append their texts to the draft; drop texts of more than `longest` ids."""
     progress, total = draft.progress, sum(source.size for source in sources)
     if isinstance(tokenizer, FileTokenizer):
         tokenizer.resume(progress.start, progress.end)
@@ -224,7 +224,7 @@ def _add(
 def _encode(
     records: list[Record], tokenizer: ByteTokenizer | FileTokenizer, skip_invalid: bool
 ) -> list[Encoded | str | None]:
-    """What the tokenizer yields for each record; the reason in place of an invalid one if it is skipped."""
+    """Return what the tokenizer yields per record; with `skip_invalid`, a reason for each invalid record."""
     try:
         return list(tokenizer.encode(records))
     except InvalidRecordError as error:
@@ -254,10 +254,10 @@ def _metadata(
                 "into longer rows (--pack)"
             )
         raise ValueError(
-            "the tokenizer produced no tokens from the text; check that it fits the text"
+            "the tokenizer produced no tokens from the text; check that the tokenizer suits the text"
             if progress.dropped.get(NO_TOKENS)
             else f"no record has text: {dropped_words(progress.dropped) or 'there are no records'}; "
-            "check the name of the field"
+            "check the name of the text's field"
         )
     return PreparedMetadata(
         tokenizer.name,
@@ -282,12 +282,12 @@ def _too_long(longest: int) -> str:
 
 
 def dropped_words(dropped: dict[str, int]) -> str:
-    """What was dropped, in words; empty if nothing was."""
+    """Describe how many records were dropped, and why; empty if none was dropped."""
     return ", ".join(f"{count:,} dropped ({reason})" for reason, count in sorted(dropped.items()))
 
 
 def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Groups of items that are tokenized together."""
+    """Yield groups of items that are tokenized together."""
     for first in items:
         batch, size = [first], _size(first.record)
         if size < _BATCH_BYTES:

@@ -49,7 +49,7 @@ class PreparedMetadata:
     pad_id: int | None = None
     """The tokenizer's pad id, if it has one."""
     end_id: int | None = None
-    """The id that ends a document, the last of `document_end`; None if none does."""
+    """The id that ends a document, which is the last of `document_end`; None if documents have no end id."""
     prompts: bool = False
     """Whether the documents are prompts with responses."""
     longest: int = 0
@@ -65,11 +65,11 @@ class PreparedMetadata:
 
     @property
     def filled(self) -> float | None:
-        """The share of the positions of packed rows that hold tokens; None: the data is not packed."""
+        """The share of the positions of packed rows that hold tokens; None if the data is not packed."""
         return self.tokens / (self.rows * self.row_length) if self.rows else None
 
     def to_json(self) -> str:
-        """The text of `maskwire-data.json`."""
+        """Return the metadata as the text of `maskwire-data.json`."""
         fields = dataclasses.asdict(self)
         if not self.row_length:
             fields = {name: value for name, value in fields.items() if name not in _OF_PACKED}
@@ -78,12 +78,12 @@ class PreparedMetadata:
 
     @staticmethod
     def read(folder: Path) -> PreparedMetadata:
-        """Read the metadata of a folder. Raises ValueError if it is damaged or does not fit the tokens."""
+        """Read the metadata of a folder. Raises ValueError if they are damaged or do not fit the tokens."""
         path = folder / METADATA
         try:
             fields = json.loads(path.read_text())
             if (version := fields.pop("format")) not in _READABLE:
-                raise ValueError(f"format {version!r}, expected {_READABLE[0]} to {_READABLE[-1]}")
+                raise ValueError(f"the format is {version!r}, expected {_READABLE[0]} to {_READABLE[-1]}")
             metadata = PreparedMetadata(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); prepare the data again") from error

@@ -1,4 +1,4 @@
-"""What a source yields: one text with its place, or the reason why there is none."""
+"""The items that a source yields: a text with its position, or the reason why there is no text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 DEFAULT_FIELD = "text"
 EMPTY, NULL, NOT_UNICODE, INVALID = "empty", "null", "not valid Unicode", "cannot be read"
-"""Why a record is dropped. One that is INVALID is an error, unless invalid records are skipped."""
+"""Why a record is dropped. An INVALID record is an error, unless invalid records are skipped."""
 
 
 @dataclass(frozen=True)
@@ -25,28 +25,28 @@ class Record:
 
     @property
     def size(self) -> int:
-        """Bytes of text, prompt included."""
+        """The size of the text in bytes, including the prompt."""
         text = self.text.stat().st_size if isinstance(self.text, Path) else len(self.text)
         return text + len(self.prompt or b"")
 
     def content(self) -> bytes:
-        """The text for a tokenizer, read from its file if it is in one, without a byte order mark."""
+        """Return the text for a tokenizer, without a byte order mark. A text in a file is read from it."""
         text = self.text.read_bytes() if isinstance(self.text, Path) else self.text
         return text.removeprefix(codecs.BOM_UTF8)
 
 
 class InvalidRecordError(ValueError):
-    """A record cannot be used, though the ones after it can."""
+    """A record cannot be used, but the records after it can."""
 
     def __init__(self, message: str, reason: str = INVALID) -> None:
-        """`reason` is why the record is dropped if invalid records are skipped."""
+        """Make the error. `reason` is why the record is dropped if invalid records are skipped."""
         super().__init__(message)
         self.reason = reason
 
 
 @dataclass(frozen=True)
 class Item:
-    """A record of a source, or why it was dropped, and where the next one starts."""
+    """A record of a source, or the reason why it was dropped, with the position of the next record."""
 
     record: Record | None
     dropped: str
@@ -60,7 +60,7 @@ class Item:
 
     @staticmethod
     def invalid(error: str, place: int, done: int) -> Item:
-        """The item of a record that cannot be read. An error of the whole source is raised instead."""
+        """Make the item of a record that cannot be read; `error` says why, and where the record is."""
         return Item(None, INVALID, place, done, error)
 
 
@@ -76,46 +76,48 @@ class Fields:
         if (self.prompt is None) != (self.response is None):
             one, other = ("prompt", "response") if self.response is None else ("response", "prompt")
             raise ValueError(
-                f"{one}_field (--{one}-field) needs {other}_field (--{other}-field): a prompt is "
-                "trained with its response"
+                f"{one}_field (--{one}-field) needs {other}_field (--{other}-field), because a prompt is "
+                "used only with its response; give both"
             )
         if self.text is not None and self.prompt is not None:
             raise ValueError(
                 f"text_field (--text-field) {self.text!r} and prompt_field (--prompt-field) {self.prompt!r} "
-                "exclude each other: a record is either a text, or a prompt and its response"
+                "exclude each other: a record is either a text, or a prompt and its response; give only one"
             )
         if self.prompt is not None and self.prompt == self.response:
             raise ValueError(
                 f"prompt_field (--prompt-field) and response_field (--response-field) must differ, got "
-                f"{self.prompt!r} for both: the prompt is given to the model, and would be the answer"
+                f"{self.prompt!r} for both: a prompt is given to the model, and would reveal the response"
             )
         for name in self.names:
             if not name:
-                raise ValueError("the name of a field must not be empty")
+                raise ValueError(
+                    "the name of a field must not be empty; give a name, or leave the option out"
+                )
 
     @property
     def given(self) -> bool:
-        """Whether the caller named a field. If so, only files of formats that have fields are read."""
+        """Whether the caller named a field. If so, only files of formats with fields are read."""
         return self.text is not None or self.prompt is not None
 
     @property
     def names(self) -> list[str]:
-        """The fields to read, the text or response last."""
+        """The names of the fields to read. The last one is the text or the response."""
         if self.prompt is not None and self.response is not None:
             return [self.prompt, self.response]
         return [DEFAULT_FIELD if self.text is None else self.text]
 
     def missing(self, found: list[str]) -> ValueError:
-        """The error about a record without one of the fields; the caller adds its place."""
+        """Return the error for a record that lacks a field. The caller adds where the record is."""
         wanted = next(field for field in self.names if field not in found)
         option = "--text-field" if self.prompt is None else "--prompt-field and --response-field"
         shown = ", ".join(found[:10]) or "none"
-        return ValueError(f"there is no field {wanted!r}; the fields are {shown}: set {option}")
+        return ValueError(f"there is no field {wanted!r}; the fields are {shown}: select with {option}")
 
     def item(self, name: str, values: list[Any], place: int, done: int) -> Item:
-        """The item of a record with these values. Raises ValueError for a value that is not text.
+        """Make the item of a record from the values of its fields, in the order of `names`.
 
-        The caller adds the record's place to the error.
+        Raises ValueError for a value that is not text; the caller adds where the record is.
         """
         parts: list[bytes] = []
         for field, value in zip(self.names, values, strict=True):
@@ -125,7 +127,8 @@ class Fields:
                 raise ValueError(f"the field {field!r} is not UTF-8; convert it to UTF-8")
             if not isinstance(value, str):
                 raise ValueError(
-                    f"the field {field!r} must hold text, got {type(value).__name__} ({str(value)[:40]!r})"
+                    f"the field {field!r} must hold text, got {type(value).__name__} ({str(value)[:40]!r}); "
+                    "correct the record, or choose another field"
                 )
             try:
                 parts.append(value.encode())

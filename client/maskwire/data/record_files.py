@@ -3,9 +3,9 @@
 A reader takes a source's open function, the fields, and the place to start at. It yields an Item per record,
 and holds one part of the file in memory at a time: a line, or a batch of rows.
 
-Some errors concern one record, and its Item says so: a line that is not a JSON object with the fields, a row
-of CSV with too few or too many fields, a value that is not text or not UTF-8. All others are raised, because
-it is not known where the next record begins.
+An error that concerns one record is reported in its Item: a line that is not a JSON object with the fields, a
+row of CSV with too few or too many fields, a value that is not text or not UTF-8. All other errors are
+raised, because it is not known where the next record begins.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NEEDS_ARROW = 'needs the package `pyarrow`: pip install "maskwire[data]", or sa
 
 
 def read_json_lines(name: str, opened: Open, fields: Fields, start: int) -> Iterator[Item]:
-    """One JSON object per line; `start` is a byte offset. Empty lines are skipped."""
+    """Yield an Item for each line of JSON Lines from byte offset `start` onwards; skip empty lines."""
     with opened() as file:
         file.seek(start)
         place, before = start, 0
@@ -51,11 +51,13 @@ def _from_line(name: str, line: bytes, fields: Fields, place: int) -> Item:
     try:
         found = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error}); convert the file to UTF-8") from None
+        raise ValueError(f"the line is not UTF-8 ({error}); convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error}); JSON Lines has one object per line") from None
+        raise ValueError(
+            f"the line is not valid JSON ({error}); JSON Lines has one object per line"
+        ) from None
     if not isinstance(found, dict):
-        raise ValueError(f"it must be a JSON object with fields, got {type(found).__name__}")
+        raise ValueError(f"the line must be a JSON object with fields, got {type(found).__name__}")
     values = []
     for field in fields.names:
         if field not in found:
@@ -65,7 +67,7 @@ def _from_line(name: str, line: bytes, fields: Fields, place: int) -> Item:
 
 
 def _line_number(opened: Open, offset: int) -> int:
-    """The number of the line that starts at an offset."""
+    """The number of the line that starts at a byte offset. The first line has the number 1."""
     number, left = 1, offset
     with opened() as file:
         while left and (part := file.read(min(left, 2**20))):
@@ -74,7 +76,7 @@ def _line_number(opened: Open, offset: int) -> int:
 
 
 def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str = ",") -> Iterator[Item]:
-    """A header, then one record per row; `start` is a number of rows."""
+    """Yield an Item for each row of a CSV file with a header, after the first `start` rows."""
     csv.field_size_limit(_LONGEST_FIELD)
     with (
         opened() as file,
@@ -92,16 +94,18 @@ def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str
                     continue
                 where = f"{name}, row {number:,}"
                 if len(row) != len(header):
-                    error = f"{where}: it has {len(row)} fields, but the header has {len(header)}"
+                    error = f"{where}: the row has {len(row)} fields, but the header has {len(header)}"
                     yield Item.invalid(error, number, _tell(file))
                     continue
                 item = fields.item(where, [row[column] for column in columns], number, _tell(file))
                 wrong = item.dropped == NOT_UNICODE  # by "surrogateescape"
                 yield Item.invalid(f"{where}: {_NOT_UTF_8}", number, item.done) if wrong else item
         except UnicodeEncodeError:
-            raise ValueError(f"{name}: its header is not UTF-8; convert the file to UTF-8") from None
+            raise ValueError(f"{name}: the header is not UTF-8; convert the file to UTF-8") from None
         except csv.Error as error:
-            raise ValueError(f"{name}, after row {number:,}: cannot be read as CSV: {error}") from None
+            raise ValueError(
+                f"{name}, after row {number:,}: cannot be read as CSV: {error}; correct the row that follows"
+            ) from None
 
 
 def _check_columns(name: str, columns: list[str], fields: Fields) -> None:
@@ -113,12 +117,12 @@ def _check_columns(name: str, columns: list[str], fields: Fields) -> None:
 
 
 def read_tsv(name: str, opened: Open, fields: Fields, start: int) -> Iterator[Item]:
-    """As `read_csv`, with tabs between the fields."""
+    """Yield an Item for each row of a TSV file: as `read_csv`, but with tabs between the fields."""
     return read_csv(name, opened, fields, start, "\t")
 
 
 def _tell(file: IO[bytes]) -> int:
-    """How much of a file has been read, which runs ahead of the rows; for progress. 0 if unknown."""
+    """The bytes of a file that have been read, for the progress; 0 if unknown. They run ahead of the rows."""
     try:
         return file.tell()
     except OSError:
@@ -126,7 +130,10 @@ def _tell(file: IO[bytes]) -> int:
 
 
 def read_parquet(name: str, opened: Open, fields: Fields, start: int) -> Iterator[Item]:
-    """The rows of a Parquet file; `start` is a number of rows. Row groups before it are not read."""
+    """Yield an Item for each row of a Parquet file after the first `start` rows.
+
+    Row groups that lie before these rows are not read.
+    """
     try:
         from pyarrow import parquet
     except ImportError:
@@ -153,14 +160,18 @@ def read_parquet(name: str, opened: Open, fields: Fields, start: int) -> Iterato
 
 
 def read_arrow(name: str, opened: Open, fields: Fields, start: int) -> Iterator[Item]:
-    """The rows of an Arrow file, of the IPC file or stream format; `start` is a number of rows."""
+    """Yield an Item for each row of an Arrow file after the first `start` rows.
+
+    The file has the IPC file format or the IPC stream format.
+    """
     try:
         import pyarrow
     except ImportError:
         raise ValueError(f"{name}: an Arrow file {_NEEDS_ARROW}") from None
     with ExitStack() as stack:
         file: Any = stack.enter_context(opened())
-        if isinstance(getattr(file, "raw", None), io.FileIO):  # local: mapped, a batch takes no memory
+        # A local file is memory-mapped, so that its batches take no memory.
+        if isinstance(getattr(file, "raw", None), io.FileIO):
             file = stack.enter_context(pyarrow.memory_map(file.name))
         begins = file.read(6)
         if begins.startswith(b"FEA1"):
@@ -189,22 +200,22 @@ def read_arrow(name: str, opened: Open, fields: Fields, start: int) -> Iterator[
 
 @contextmanager
 def _damage_named(name: str, format_: str) -> Iterator[None]:
-    """Raise errors of pyarrow, which have many types, as ValueError with the file's name."""
+    """Convert errors of pyarrow, which have many types, to a ValueError that names the file."""
     try:
         yield
     except Exception as error:
-        if str(error).startswith(name):  # of a remote file, which names itself
+        if str(error).startswith(name):  # the error of a remote file, which has its name already
             raise
         raise ValueError(
-            f"{name}: cannot be read as {format_}: {error or type(error).__name__}; if it is damaged or "
-            "truncated, copy or write it again"
+            f"{name}: cannot be read as {format_}: {error or type(error).__name__}; if the file is damaged "
+            "or truncated, copy or write it again"
         ) from None
 
 
 def _values(
     name: str, format_: str, batches: Iterator[Any], fields: Fields, start: int, first: int
 ) -> Iterator[tuple[int, list[Any]]]:
-    """Number and values of the rows from `start` onwards; the first batch begins after row `first`."""
+    """Yield the number and values of each row after the first `start`; `first` rows precede the batches."""
     with _damage_named(name, format_):
         for batch in batches:
             skipped = min(max(0, start - first), batch.num_rows)
@@ -230,7 +241,10 @@ def _items(
 
 
 def _check_offsets(column: Any) -> None:
-    """Raise an error for damaged offsets, which would read any memory. Texts need not be UTF-8."""
+    """Raise an error for damaged offsets, with which pyarrow would read memory outside the column.
+
+    Strings are checked as bytes, because a text that is not UTF-8 is reported later, with its row.
+    """
     from pyarrow import binary, large_binary, types
 
     if types.is_string(column.type):
@@ -241,7 +255,7 @@ def _check_offsets(column: Any) -> None:
 
 
 def _column_values(column: Any) -> list[Any]:
-    """The values of a column, with the error in place of a value that is not UTF-8."""
+    """The values of a column, with the UnicodeDecodeError in place of each value that is not UTF-8."""
     try:
         found: list[Any] = column.to_pylist()
     except UnicodeDecodeError:
@@ -264,10 +278,10 @@ _READERS: dict[str, Reader] = {
 TABULAR: dict[str, Reader] = {".json": read_json_lines, ".csv": read_csv, ".tsv": read_tsv}
 """Types of text files that are read as records only if a field is named."""
 TEXT_RECORDS = (".jsonl", ".ndjson", *TABULAR)
-"""Types of files with records that are text themselves."""
+"""Types of files with records that are text files."""
 
 
 def reader_of(name: str, fields: Fields) -> Reader | None:
-    """The reader of a file with this name; None for a file that is read as one text."""
+    """Return the reader for files with this name; None if such files are read as one text."""
     suffix = PurePosixPath(name).suffix.lower()
     return _READERS.get(suffix) or (TABULAR.get(suffix) if fields.given else None)

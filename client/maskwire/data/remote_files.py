@@ -1,6 +1,6 @@
 """Files at addresses such as s3://bucket/texts/*.jsonl, opened through fsspec.
 
-Each backend raises exceptions of its own. Here they become errors that name the address.
+Each backend of fsspec raises exceptions of its own. This module converts them to errors with the address.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from maskwire.data.hugging_face import dataset_folders
 from maskwire.data.prepared_folder import METADATA
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+(::|://)")
-_CONNECTIONS = 16  # at once, to read the beginnings of the files
+_CONNECTIONS = 16  # connections at once that read the beginnings of files
 _BUFFER = 2**18  # bytes
 
 
@@ -30,7 +30,7 @@ def is_remote(path: object) -> bool:
 
 
 class Remote:
-    """A file that fsspec can open."""
+    """A remote file, which fsspec opens."""
 
     def __init__(self, system: Any, path: str) -> None:
         self._system, self._path = system, path
@@ -44,19 +44,19 @@ class Remote:
         self.head = b""
 
     def read_head(self) -> None:
-        """Read the first `HEAD_BYTES`, and no more than that where the backend reads blocks."""
+        """Read the first `HEAD_BYTES` bytes into `head`. A backend that reads blocks reads no more."""
         with self._system.open(self._path, "rb", block_size=HEAD_BYTES) as file:
             self.head = file.read(HEAD_BYTES)
 
     def open(self) -> IO[bytes]:
-        """Open the file for reading; the result can seek. Raises OSError that names the address."""
+        """Open the file for reading bytes. The result is seekable. Raises OSError with the address."""
         with _named(self.name, "opened", OSError):
             file = self._system.open(self._path, "rb")
         return io.BufferedReader(_Reads(self.name, file), _BUFFER)
 
 
 class _Reads(io.RawIOBase):
-    """Reads a file of fsspec; an error of the backend becomes an OSError that names the address."""
+    """A raw stream over a file of fsspec. It converts the backend's errors to OSError with the address."""
 
     def __init__(self, name: str, file: Any) -> None:
         self._name, self._file = name, file
@@ -89,21 +89,21 @@ class _Reads(io.RawIOBase):
 
 @contextmanager
 def _named(name: str, done: str, kind: type[Exception]) -> Iterator[None]:
-    """Raise exceptions of a backend, which can have any type, as `kind` and with the address."""
+    """Convert an exception of a backend, which can have any type, to a `kind` that names the address."""
     try:
         yield
     except Exception as error:
         raise kind(
             f"{name}: cannot be {done}: {type(error).__name__}: {error}; check the address, the network, and "
-            "the credentials that the package of the protocol reads"
+            "the credentials that the protocol's package uses"
         ) from error
 
 
 def find(address: str, pattern: str, skipped: Skipped) -> list[Remote]:
-    """The non-empty files at an address: one file, the files of a folder, or those that match a glob.
+    """Return the non-empty files at an address: one file, those in a folder, or those that match a glob.
 
-    Sorted by path; what is left out is added to `skipped`. Raises ValueError if there is none, if fsspec or
-    the protocol's package is missing, and for any error of the backend.
+    The files are sorted by path. Files that are left out are added to `skipped`. Raises ValueError if no file
+    is found, if fsspec or the protocol's package is missing, and for any error of the backend.
     """
     try:
         from fsspec.core import url_to_fs
@@ -121,8 +121,8 @@ def find(address: str, pattern: str, skipped: Skipped) -> list[Remote]:
             paths = [path]
     if data_sets := dataset_folders(paths):
         raise ValueError(
-            f"{address}: {names(data_sets)} is a saved data set: copy it to a local folder, or give the "
-            "object that datasets.load_from_disk returns"
+            f"{address} contains a saved data set ({names(data_sets)}): copy it to a local folder, or give "
+            "the object that datasets.load_from_disk returns"
         )
     prepared = {PurePosixPath(each).parent for each in paths if PurePosixPath(each).name == METADATA}
     for folder in sorted(prepared):
@@ -138,9 +138,7 @@ def find(address: str, pattern: str, skipped: Skipped) -> list[Remote]:
         if not file.head:
             skip(skipped, EMPTY, file.name)
     if not found:
-        raise ValueError(
-            "; ".join([f"{address}: there is no non-empty file that matches", *reasons(skipped)])
-        )
+        raise ValueError("; ".join([f"{address}: no matching file has content", *reasons(skipped)]))
     return found
 
 

@@ -1,8 +1,8 @@
-"""Fill rows with several documents: which pieces of documents share a row.
+"""Pack documents into rows: decide which pieces of documents share a row.
 
 Bounded-space best fit (Csirik and Johnson 2001, "Bounded space on-line bin packing: best is better than
 first"): a piece goes into the fullest open row that it fits into, or into a new row if it fits into none. If
-too many rows are open, the fullest of them is closed. So memory is bounded, and the rows depend only on the
+too many rows are open, the fullest row is closed. So memory is bounded, and the rows depend only on the
 sizes of the documents.
 """
 
@@ -19,9 +19,9 @@ positions, 256 fill 99.3%, and 1,024 fill 99.6%."""
 
 @dataclass
 class RowPacker:
-    """Fills rows with pieces of documents, which are numbered in the order of the documents.
+    """Fills rows with pieces of documents. The pieces are numbered in the order of the documents.
 
-    A document longer than a row is cut into pieces as long as a row, and one with the rest.
+    A document longer than a row is cut into pieces of the length of a row, and a last piece with the rest.
     """
 
     length: int
@@ -36,7 +36,10 @@ class RowPacker:
     _pieces: dict[int, list[int]] = field(default_factory=dict)
 
     def rows(self, sizes: Iterable[int]) -> Iterator[list[int]]:
-        """Yield each row's pieces, in the order in which rows are completed."""
+        """Yield the numbers of the pieces in each row, in the order in which rows are completed.
+
+        `sizes` are the numbers of tokens of the documents.
+        """
         for size in sizes:
             whole, rest = divmod(size, self.length)
             self.cut += whole > 1 or (whole == 1 and rest > 0)
@@ -46,7 +49,7 @@ class RowPacker:
             if rest:
                 yield from self._place(rest)
                 self._piece += 1
-        for row in sorted(self._pieces):  # the order in which they were opened
+        for row in sorted(self._pieces):  # the order in which the rows were opened
             yield self._pieces[row]
 
     def _place(self, size: int) -> Iterator[list[int]]:

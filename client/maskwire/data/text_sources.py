@@ -26,7 +26,7 @@ Paths = Any
 
 
 class Source(Protocol):
-    """Texts in a fixed order."""
+    """A source of texts, which it yields in a fixed order."""
 
     name: str
     size: int
@@ -35,11 +35,11 @@ class Source(Protocol):
     """Changes when the source changes."""
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the items from position `start` onwards: 0, or the `place` of an earlier Item."""
+        """Yield the items from position `start` onwards, which is 0 or the `place` of an earlier Item."""
 
 
 class FileSource:
-    """A local or remote file: one text, or one text per record."""
+    """A source that is a local or remote file, with one text or with one text per record."""
 
     def __init__(self, file: LocalFile | Remote, reader: Reader | None, fields: Fields) -> None:
         self.name, self.size, self.identity = file.name, file.size, file.identity
@@ -47,11 +47,11 @@ class FileSource:
 
     @property
     def text_path(self) -> Path | None:
-        """The path of a local file whose bytes are one text; None for any other."""
+        """The path of a local file whose bytes are one text; None for any other file."""
         return self._file.path if isinstance(self._file, LocalFile) and self._reader is None else None
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the text, or the records from `start` onwards: 0, or the `place` of an earlier Item."""
+        """Yield the items from position `start` onwards, which is 0 or the `place` of an earlier Item."""
         if self._reader is not None:
             items = self._reader(self.name, self._file.open, self._fields, start)
             if (first := next(items, None)) is not None:
@@ -72,14 +72,15 @@ class FileSource:
 def find_sources(
     paths: Paths, fields: Fields, *, pattern: str = "*", any_format: bool = False
 ) -> list[Source]:
-    """The sources that paths, addresses and data sets name; local files are last, ordered as in `ByteData`.
+    """Return the sources for paths, addresses and data sets. Local files come last, sorted by path.
 
     If a field is named, files without fields are left out. Raises ValueError for a source that cannot be
-    read.
+    read, and if there is no source.
     """
     if any_format and fields.given:
         raise ValueError(
-            "any_format (--any-format) reads files as bytes, without fields; leave out the names of fields"
+            "any_format (--any-format) reads files as bytes, without fields; leave out the options that name "
+            "fields"
         )
     given = [paths] if isinstance(paths, str | os.PathLike) or not isinstance(paths, Iterable) else paths
     if is_dataset(paths):
@@ -100,7 +101,7 @@ def find_sources(
         paths_found = expand(local, pattern, skipped, datasets=not any_format)
         found += [_saved(path, fields) if path.is_dir() else LocalFile(path) for path in paths_found]
     if not found:
-        raise ValueError("there is no data: give a path, an address or a data set")
+        raise ValueError("no data is given: give a path, an address or a data set")
     files = [each for each in found if not isinstance(each, DatasetSource)]
     selected = select(
         files, skipped, fields=fields, any_format=any_format, may_be_empty=len(files) < len(found)
@@ -121,6 +122,6 @@ def _saved(folder: Path, fields: Fields) -> DatasetSource:
 
 
 def identity_of(sources: list[Source]) -> str:
-    """A hash that changes when the sources do."""
+    """Return a hash of the sources, which changes when a source changes."""
     identities = "\n".join(source.identity for source in sources)
     return hashlib.sha256(identities.encode(errors="surrogateescape")).hexdigest()  # names of any encoding

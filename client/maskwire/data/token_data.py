@@ -1,7 +1,7 @@
 """Token data whose `batch(step)` depends on nothing but the data, the seed and the step.
 
 There is no iterator state to save: a job that restarts at step s asks for batch s. The same ids give the
-same batches however they are stored: text files, arrays, packed ids or rows in memory.
+same batches, whether they are stored in text files, arrays, packed ids or in memory.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _MAX_TOKENS = 2**28  # more than any server accepts in a batch
 class TokenData:
     """Documents of token ids, and batches of rows cropped from them.
 
-    With `sampling="crops"` a row is a random crop of `length` ids from one document; every position is
+    With `sampling="crops"` a row is a random crop of `length` ids from one document, and every position is
     equally likely. A document shorter than `length` is a row by itself. With "epochs" documents are cut into
-    adjacent rows, and the last row of a document may be shorter; each row comes once per epoch, in random
+    adjacent rows, and the last row of a document may be shorter. Each row is used once per epoch, in a random
     order.
     """
 
     files: list[Path]
     """The files that the documents come from; empty for arrays."""
     tokenizer_description: TokenizerDescription | None = None
-    """The description of the tokenizer, which the run keeps; None if it is unknown."""
+    """The description of the tokenizer, which the run keeps; None if the tokenizer is unknown."""
 
     def __init__(
         self,
@@ -55,15 +55,15 @@ class TokenData:
         tokenizer: str = "",
         bytes_per_token: float | None = None,
     ) -> None:
-        """Keep documents of ids in memory.
+        """Make token data from documents of ids in memory.
 
-        documents: Arrays or lists of ids, integers [n] of any length; empty ones are ignored.
+        documents: One-dimensional arrays or lists of integer ids, of any length. Empty ones are ignored.
         length: Tokens per row.
         batch_size: Rows per batch.
-        seed: Seed of the choice of rows.
+        seed: Seed for the choice of rows.
         sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
-        tokenizer: What the ids encode: "bytes", "sha256:" and the hash of a tokenizer's file, or empty.
-        bytes_per_token: Average bytes of text per token; None: no bits per byte.
+        tokenizer: The tokenizer of the ids: "bytes", "sha256:" and the hash of its file, or "" if unknown.
+        bytes_per_token: Average bytes of text per token. None: evaluations give no bits per byte.
 
         Raises ValueError for a length or batch size below 1, and if no ids are left.
         """
@@ -72,7 +72,7 @@ class TokenData:
             if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
                 raise ValueError(
                     f"documents[{index}] must be a one-dimensional array of integers, got {array.dtype} "
-                    f"{list(array.shape)}"
+                    f"of shape {list(array.shape)}"
                 )
         self.files = []
         self._initialize(
@@ -98,12 +98,12 @@ class TokenData:
         if sampling not in SAMPLING:
             raise ValueError(f"sampling must be one of {', '.join(SAMPLING)}, got {sampling!r}")
         if not len(documents):
-            raise ValueError("the data is empty: it has no document with at least one id")
+            raise ValueError("the data is empty: no document has an id; give documents with ids")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.sampling = sampling
-        """How rows are chosen: "crops" at random places, or "epochs" without replacement."""
+        """How rows are chosen: "crops" (at random places) or "epochs" (without replacement)."""
         self.tokenizer = tokenizer
-        """What the ids encode: "bytes", the hash of a tokenizer file, or empty if unknown."""
+        """The tokenizer of the ids: "bytes", "sha256:" and the hash of its file, or "" if unknown."""
         self.bytes_per_token = bytes_per_token
         """Average bytes of text per token, if known; needed for bits per byte."""
         self._documents = documents
@@ -117,19 +117,19 @@ class TokenData:
 
     @property
     def size(self) -> int:
-        """Number of tokens in all documents."""
+        """The number of tokens in all documents."""
         return int(self._documents.sizes.sum())
 
     @property
     def packed_length(self) -> int | None:
-        """The length of packed rows, which cannot be changed; None for data that is not packed."""
+        """The length of packed rows, which cannot be changed; None if the data is not packed."""
         return None
 
     def fingerprint(self) -> dict[str, str]:
-        """Everything that determines the batches: data with equal fingerprints gives equal batches.
+        """Return everything that determines the batches: equal fingerprints mean equal batches.
 
-        `content` is a hash of the documents' sizes and all ids; beyond 2^24 ids, of an even sample of ids.
-        Paths and file types do not matter.
+        The part `content` is a hash of the documents' sizes and ids. Of more than 2^24 ids, only evenly
+        spread blocks are hashed. Paths and file types do not matter.
         """
         if self._content is None:
             self._content = content_hash(self._documents)
@@ -146,16 +146,16 @@ class TokenData:
 
     @property
     def documents(self) -> int:
-        """Number of documents."""
+        """The number of documents."""
         return len(self._documents)
 
     @property
     def rows(self) -> int:
-        """How many rows an epoch has: all documents, cut into rows of `length`."""
+        """The number of rows in an epoch: all documents, cut into rows of at most `length` tokens."""
         return len(self.whole())
 
     def steps_of(self, epochs: int) -> int:
-        """The step that completes a number of epochs, with `sampling="epochs"`.
+        """Return the number of the step that completes so many epochs, with `sampling="epochs"`.
 
         epochs: How often each row is trained on.
         """
@@ -163,9 +163,11 @@ class TokenData:
         return -(-epochs * self.rows // self.batch_size)
 
     def batch(self, step: int) -> Rows:
-        """The batch of a step: integers [batch_size, length], or a list of rows if some are shorter.
+        """Return the batch of a step.
 
         step: The step's number, from 1.
+
+        The batch is integers of shape [batch_size, length], or a list of rows if some rows are shorter.
         """
         check_whole("step", step, 1)
         if self._order is not None:
@@ -175,28 +177,28 @@ class TokenData:
         )
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """The rows to evaluate on.
+        """Return the rows to evaluate on.
 
-        rows: How many, evenly spaced; None: all, so that every token is evaluated once.
+        rows: The number of rows, evenly spaced. None: all, so that every token is evaluated once.
         """
         return Batch(self.whole() if rows is None else self.spread(rows))
 
     def spread(self, rows: int) -> Rows:
-        """Rows evenly spread over the data, the same on every call; for evaluation.
+        """Return rows for evaluation that are evenly spread over the data; every call returns the same.
 
-        rows: How many.
+        rows: The number of rows.
         """
         check_whole("rows", rows, 1, _MAX_TOKENS)
         return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
 
     def whole(self) -> DocumentRows:
-        """Every token once: documents in order, cut into rows of `length`; last rows may be shorter."""
+        """Return rows with every token once: the documents in order, cut into rows of at most `length`."""
         return DocumentRows(self._documents, self.length)
 
     def text_bytes(self, rows: Rows) -> int | None:
         """Estimate the bytes of text that rows encode, from the average of all data; None if unknown.
 
-        rows: Integers [rows, columns], or a list of rows.
+        rows: Integers of shape [rows, columns], or a list of rows.
         """
         if self.bytes_per_token is None:
             return None
@@ -211,7 +213,9 @@ class TokenData:
         return stacked(crops)
 
     def split(self, held_out: float) -> tuple[Self, Self]:
-        """Split into (training, held out) by a hash of each document, so that copies stay together.
+        """Split the data into (training, held out).
+
+        Documents are chosen by a hash of their content, so that copies of a document stay together.
 
         held_out: The share of documents to hold out, above 0 and below 1.
 
@@ -238,11 +242,11 @@ class TokenData:
         return training, evaluation
 
     def _fractions(self) -> npt.NDArray[np.float64]:
-        """For each document, the number in [0, 1) that decides which part of a split it belongs to."""
+        """For each document, the number in [0, 1) that decides to which part of a split it belongs."""
         return np.array([self._documents.fraction(i) for i in range(len(self._documents))])
 
     def cropped(self, length: int) -> Self:
-        """The same documents, cropped to rows of another length.
+        """Return data of the same documents, with rows of another length.
 
         length: Tokens per row.
         """
@@ -265,7 +269,7 @@ class TokenData:
         return part
 
     def unigram_bits(self) -> float:
-        """The entropy of the id frequencies in bits per token: the loss of a model that knows only these."""
+        """The entropy of the ids in bits per token: the loss of a model that knows only their frequencies."""
         counts: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         for index in range(len(self._documents)):
             for ids in self._documents.chunks(index):
@@ -277,12 +281,12 @@ class TokenData:
 
 
 def stacked(rows: list[npt.NDArray[Number]]) -> npt.NDArray[Number] | list[npt.NDArray[Number]]:
-    """Rows as one array if they have the same length, else as they are."""
+    """Stack rows to one array if they have the same length; otherwise return them unchanged."""
     return np.stack(rows) if len({row.size for row in rows}) == 1 else rows
 
 
 def _working_share(fractions: npt.NDArray[np.float64]) -> str:
-    """Advice on the smallest share, in whole percent, that selects some of these documents but not all."""
+    """Return advice for a split: the smallest whole percentage that selects some documents but not all."""
     share = (int(fractions.min() * 100) + 1) / 100
     if share >= 1 or (fractions < share).all():
         return "Give more files, or evaluate on other data."

@@ -18,7 +18,7 @@ _CHUNK = 2**22  # ids
 
 
 class Documents:
-    """Documents as parts of flat arrays; each takes a few bytes of memory."""
+    """Documents of token ids, as parts of flat arrays. A document takes a few bytes besides its ids."""
 
     def __init__(
         self,
@@ -31,30 +31,30 @@ class Documents:
 
     @staticmethod
     def from_arrays(arrays: Sequence[Ids]) -> Documents:
-        """Each array is a document."""
+        """Make documents from arrays of ids, one document per array."""
         sizes = np.array([array.size for array in arrays], dtype=np.int64)
         which = np.arange(len(arrays), dtype=np.int32)
         return Documents(list(arrays), which, np.zeros_like(sizes), sizes)
 
     @staticmethod
     def from_files(paths: Sequence[Path]) -> Documents:
-        """The bytes of each file are a document; only the most recently read files are open."""
+        """Make one document from the bytes of each file. Only the most recently read files stay open."""
         files = Files(paths)
         which = np.arange(len(paths), dtype=np.int32)
         return Documents(files, which, np.zeros_like(files.sizes), files.sizes)
 
     @staticmethod
     def from_packed(flat: Ids | FileArray, ends: npt.NDArray[np.int64]) -> Documents:
-        """The documents follow one another in `flat` and end at `ends`."""
+        """Make documents that follow one another in the array `flat` and end at the positions `ends`."""
         sizes = np.diff(ends, prepend=0)
         if ends.ndim != 1 or not ends.size or (sizes < 1).any() or ends[-1] != flat.size:
             raise ValueError(
-                f"the ends of the documents do not fit the {flat.size:,} tokens; prepare the data again"
+                f"the ends of the documents do not match the {flat.size:,} tokens; prepare the data again"
             )
         return Documents([flat], np.zeros(ends.size, dtype=np.int32), ends - sizes, sizes)
 
     def choose(self, chosen: npt.NDArray[np.bool_]) -> Documents:
-        """Keep the documents for which `chosen` is true."""
+        """Return the documents for which `chosen` is true."""
         return Documents(self._arrays, self._which[chosen], self._starts[chosen], self.sizes[chosen])
 
     def __len__(self) -> int:
@@ -67,12 +67,12 @@ class Documents:
         return np.asarray(self._arrays[self._which[index]][begin + start : min(end, begin + start + length)])
 
     def chunks(self, index: int) -> Iterator[Ids]:
-        """Read a document in parts, because it may be larger than memory."""
+        """Yield the ids of a document in parts, because a document may be larger than memory."""
         for start in range(0, int(self.sizes[index]), _CHUNK):
             yield self.crop(index, start, _CHUNK)
 
     def fraction(self, index: int) -> float:
-        """Hash a document's ids to a number in [0, 1), independent of their integer type."""
+        """Hash a document's ids to a number in [0, 1). The integer type of the ids does not matter."""
         narrow = narrowest(max(int(ids.max()) for ids in self.chunks(index)))
         digest = hashlib.sha256()
         for ids in self.chunks(index):
@@ -81,7 +81,7 @@ class Documents:
 
 
 def narrowest(top: int) -> str:
-    """The narrowest type for ids up to `top`. Ids are hashed as this type, however they are stored."""
+    """Return the narrowest integer type for ids up to `top`. For hashing, ids are converted to this type."""
     return "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
 
 
@@ -94,7 +94,7 @@ class DocumentRows(Sequence[Ids]):
 
     @property
     def ends(self) -> npt.NDArray[np.int64]:
-        """For each document, the number of the row after its last one."""
+        """For each document, the number of the row that follows its last row."""
         return self._ends
 
     @property
@@ -106,7 +106,7 @@ class DocumentRows(Sequence[Ids]):
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in all rows."""
+        """The number of tokens in all rows."""
         return int(self._documents.sizes.sum())
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class DocumentRows(Sequence[Ids]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"row must be 0 to {len(self) - 1}, got {index}")
+            raise IndexError(f"the index of a row must be from 0 to {len(self) - 1}, got {index}")
         index %= len(self)
         document = int(np.searchsorted(self._ends, index, side="right"))
         place = index - (int(self._ends[document - 1]) if document else 0)
@@ -124,21 +124,24 @@ class DocumentRows(Sequence[Ids]):
 
 
 def load_array(path: Path) -> tuple[FileArray, npt.NDArray[np.int64]]:
-    """Open a `.npy` file as flat ids and the ends of its documents."""
+    """Open a `.npy` file, and return its ids as a flat array and the ends of its documents."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
         if magic.startswith(b"PK"):
-            raise ValueError("it is an .npz archive of several arrays; save one of them with np.save")
+            raise ValueError(
+                "the file is an .npz archive of several arrays; save one of the arrays with np.save"
+            )
         if magic != _MAGIC:
-            raise ValueError("its first bytes are not those of a .npy file")
+            raise ValueError("the first bytes are not those of a .npy file; save the array with np.save")
         # Memory-mapping checks the header against the size of the file.
         array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as a .npy file: {error}") from error
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not array.size:
         raise ValueError(
-            f"{path} must hold integers of shape [n] or [rows, n], got {array.dtype} {list(array.shape)}"
+            f"{path} must hold a non-empty array of integers, of shape [n] or [rows, n], got {array.dtype} "
+            f"of shape {list(array.shape)}"
         )
     if not array.flags.c_contiguous:
         raise ValueError(

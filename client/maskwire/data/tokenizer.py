@@ -1,7 +1,7 @@
 """Tokenizers that prepare text: bytes, and the files of the package `tokenizers`.
 
 A tokenizer has special ids for the mask, padding and the end of a document. The mask and end ids are those
-of the tokenizer's file; if it has none, they are new ids after its last one. No pad id is added, because
+of the tokenizer's file. If the file has none, they are new ids after its last id. No pad id is added, because
 batches carry the lengths of their rows.
 """
 
@@ -37,7 +37,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """The ids of a record."""
+    """A record that is encoded as token ids."""
 
     parts: Iterable[Ids]
     """The ids, in one part or several, because a document may be larger than memory."""
@@ -46,14 +46,14 @@ class Encoded:
 
 
 class Tokenizer(Protocol):
-    """What `prepare` needs of a tokenizer."""
+    """The interface of the tokenizers that `prepare` uses."""
 
     name: str
     """"bytes", or "sha256:" and the hash of the tokenizer's file."""
     mask_id: int
     pad_id: int | None
     end_id: int | None
-    """The id that ends a document; None if none does."""
+    """The id that ends a document; None if documents have no end id."""
     num_tokens: int
     start: list[int]
     """The special ids before a text."""
@@ -61,23 +61,23 @@ class Tokenizer(Protocol):
     """The special ids after a text."""
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
-        """Yield the ids of each record; None for one whose text has no tokens but special ones."""
+        """Yield the ids of each record; None for a record whose text has only special tokens, or none."""
 
 
 class ByteTokenizer:
-    """Each byte is an id."""
+    """A tokenizer for which each byte is an id."""
 
     name, mask_id, pad_id = BYTES, MASK_ID_OF_BYTES, None
 
     def __init__(self, special_tokens: bool) -> None:
-        """With `special_tokens`, each document ends with id 257."""
+        """Make the tokenizer. With `special_tokens`, each document ends with id 257."""
         self.end_id = END_ID_OF_BYTES if special_tokens else None
         self.num_tokens = (END_ID_OF_BYTES if special_tokens else MASK_ID_OF_BYTES) + 1
         self.start: list[int] = []
         self.end = [END_ID_OF_BYTES] if special_tokens else []
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded]:
-        """Yield the bytes of each record."""
+        """Yield the bytes of each record as ids."""
         for record in records:
             yield Encoded(self._parts(record), len(record.prompt or b""))
 
@@ -93,16 +93,17 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer.json, or the folder of a Hugging Face tokenizer that contains one."""
+    """A tokenizer that is loaded from a tokenizer.json, or from a folder with this file."""
 
     def __init__(
         self, path: Path, *, special_tokens: bool = True, parse_special_tokens: bool = False
     ) -> None:
-        """With `special_tokens`, each text is wrapped in the tokens that the tokenizer adds.
+        """Load the tokenizer from a file or folder.
 
-        If it adds none at the end, an end-of-document id follows the text. With `parse_special_tokens`,
-        special tokens spelled out in a text become those tokens; otherwise they are encoded as plain text.
-        Raises ValueError if the file is not a tokenizer, or the package `tokenizers` is missing.
+        With `special_tokens`, the tokens that the tokenizer adds are put around each text. If it adds none at
+        the end, an end-of-document id follows the text. With `parse_special_tokens`, special tokens that a
+        text spells out become these tokens; otherwise they are encoded as plain text. Raises ValueError if
+        the file is not a tokenizer, or the package `tokenizers` is missing.
         """
         self.path = path / TOKENIZER_FILE if path.is_dir() else path
         if not self.path.is_file():
@@ -132,7 +133,9 @@ class FileTokenizer:
         try:
             self._loaded: Any = Loaded.from_str(self.file.decode())
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{name}: not a tokenizer.json of the package `tokenizers`: {error}") from error
+            raise ValueError(
+                f"{name} is not a tokenizer.json of the package `tokenizers`: {error}"
+            ) from error
         self._loaded.no_truncation()
         self._loaded.no_padding()
         self._loaded.encode_special_tokens = not parse_special_tokens
@@ -144,12 +147,12 @@ class FileTokenizer:
         self._prefix = AutomaticPrefix(self._loaded)
         vocabulary = self._loaded.get_vocab(with_added_tokens=True)
         if not vocabulary:
-            raise ValueError(f"{name}: the tokenizer has no tokens: its vocabulary is empty; train it first")
+            raise ValueError(f"{name}: the vocabulary of the tokenizer is empty; train the tokenizer first")
         self._vocabulary = max(vocabulary.values()) + 1
 
     @property
     def end_id(self) -> int | None:
-        """The id that ends a document."""
+        """The id that ends a document; None if documents have no end id."""
         return self.end[-1] if self.end else self._eos if self._special_tokens else None
 
     @property
@@ -158,12 +161,15 @@ class FileTokenizer:
         return max(self._vocabulary, self.mask_id + 1, (self.end_id or 0) + 1)
 
     def resume(self, start: list[int], end: list[int]) -> None:
-        """Set the special ids around a text, as they were learned before a preparation was stopped."""
+        """Set the special ids around a text to those that were learned before the preparation was stopped."""
         if start or end:
             self.start, self.end, self._special_ids_known = start, end, True
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
-        """Yield the ids of each record. Raises InvalidRecordError for a text that cannot be encoded."""
+        """Yield the ids of each record; None for a record whose text has only special tokens, or none.
+
+        Raises InvalidRecordError for a text that cannot be encoded or contains the mask token.
+        """
         texts = self._encodings(records, [record.content() for record in records])
         with_prompt = [record for record in records if record.prompt is not None]
         prompts = iter(self._encodings(with_prompt, [record.prompt or b"" for record in with_prompt]))
@@ -185,23 +191,23 @@ class FileTokenizer:
     def _has_mask(self, name: str) -> str:
         token = self._loaded.id_to_token(self.mask_id)
         parsed = not self._loaded.encode_special_tokens
-        advice = "leave out --parse-special-tokens (it is then encoded as text), " if parsed else ""
+        advice = "leave out --parse-special-tokens to encode it as plain text, or " if parsed else ""
         return (
             f"{name}: it contains the mask token {token!r} (id {self.mask_id}), and training refuses rows "
             f"with the mask id; {advice}remove the token from the text"
         )
 
     def encode_part(self, text: str, *, continued: bool = False) -> list[int]:
-        """The ids of a part of a text, without special tokens around it.
+        """Return the ids of a part of a text, without special tokens around it.
 
-        A part that is `continued` from another one is encoded without the tokenizer's automatic prefix.
+        If `continued`, the part continues another one, and gets no automatic prefix of the tokenizer.
         """
         encoding = self._loaded.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         return self._prefix.remove(text, encoding, 0, len(ids)) if continued else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special ones and those that the file does not have are left out."""
+        """Decode ids to text. Special ids, and ids that the tokenizer's file does not have, are left out."""
         text: str = self._loaded.decode([id_ for id_ in ids if id_ < self._vocabulary])
         return text
 
@@ -222,15 +228,16 @@ class FileTokenizer:
             self._loaded.encode(text, add_special_tokens=self._special_tokens)
         except Exception as error:
             raise InvalidRecordError(
-                f"{name}: the tokenizer {self.path} cannot encode it ({error}); use a byte-level tokenizer "
-                "or one with an unknown token, or exclude the file with --pattern",
+                f"{name}: the tokenizer {self.path} cannot encode the text ({error}); use a byte-level "
+                "tokenizer or one with an unknown token, or exclude the file with --pattern",
                 NOT_ENCODABLE,
             ) from error
 
     def _own(self, encoding: Any, continued: str | None = None) -> list[int]:
-        """The ids of a text without the special ids around it, which are learned from the first text.
+        """Return the ids of a text without the special ids around it.
 
-        `continued` is the text if it continues another one.
+        The special ids are learned from the first text. `continued` is the text itself if it continues
+        another one.
         """
         ids, added = encoding.ids, encoding.special_tokens_mask
         own = [place for place, special in enumerate(added) if not special]
@@ -259,7 +266,7 @@ def _no_file(path: Path) -> str:
 
 
 def _configured(folder: Path) -> dict[str, str]:
-    """The special tokens that the files beside a tokenizer.json name, by role."""
+    """Return the special tokens, by role, that the configuration files beside a tokenizer.json name."""
     found: dict[str, str] = {}
     for name in _CONFIGURATIONS:
         path = folder / name
@@ -273,12 +280,12 @@ def _configured(folder: Path) -> dict[str, str]:
                 if isinstance(token, str):
                     found[role] = token
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from error
+            raise ValueError(f"{path}: not a JSON object ({error}); save the tokenizer again") from error
     return found
 
 
 def _special_ids(loaded: Any, configured: dict[str, str]) -> dict[str, int]:
-    """The ids of the mask, the pad and the end of a text, where the tokenizer has them.
+    """Return the ids of the mask, padding and end tokens, by role, as far as the tokenizer has them.
 
     Raises ValueError for a mask token that is an ordinary token of texts.
     """
@@ -288,8 +295,8 @@ def _special_ids(loaded: Any, configured: dict[str, str]) -> dict[str, int]:
     if mask is not None and mask not in added:
         raise ValueError(
             f"the mask token (mask_token in {_CONFIGURATIONS[1]}) must be a special token of the tokenizer, "
-            f"got {configured['mask']!r}, an ordinary token of its vocabulary (id {mask}); name the mask "
-            "token of the tokenizer, or remove mask_token, and maskwire adds one"
+            f"got {configured['mask']!r}, an ordinary token of its vocabulary (id {mask}); set mask_token to "
+            "the tokenizer's mask token, or remove mask_token, so that maskwire adds one"
         )
     found = {}
     for role, names in _NAMES.items():
@@ -306,6 +313,6 @@ def _text(name: str, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRecordError(
-            f"{name}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert the file, "
-            "exclude it with --pattern, or use --tokenizer bytes"
+            f"{name}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert the file "
+            "to UTF-8, exclude it with --pattern, or use --tokenizer bytes"
         ) from None

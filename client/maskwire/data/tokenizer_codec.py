@@ -14,7 +14,7 @@ _BYTES = 256
 
 
 class TextCodec(Protocol):
-    """Encodes parts of a text, and decodes ids."""
+    """The interface for encoding parts of a text to ids, and decoding ids to text."""
 
     start: tuple[int, ...]
     """The special ids before a text."""
@@ -22,52 +22,54 @@ class TextCodec(Protocol):
     """The special ids after a text."""
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
-        """The ids of a part of a text; `continued`: it is not the first part."""
+        """Return the ids of a part of a text. `continued` says that it is not the first part."""
 
     def decode(self, ids: Sequence[int], *, continued: bool = False) -> str:
-        """The text of ids; special ones are left out. `continued`: they are not the first part of a text."""
+        """Return the text of ids, without special ids. `continued` says that other ids precede them."""
 
 
 class ByteCodec:
-    """Each byte is an id. Bytes that are not UTF-8 are shown as replacement characters."""
+    """A codec for which each byte is an id. Bytes that are not UTF-8 become replacement characters."""
 
     def __init__(self, start: tuple[int, ...] = (), end: tuple[int, ...] = ()) -> None:
         self.start, self.end = start, end
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:  # noqa: ARG002
-        """The bytes of a part of a text, also those that Python could not decode from the command line."""
+        """Return the bytes of a part of a text, including bytes of the command line that are not UTF-8."""
         return list(text.encode(errors="surrogateescape"))
 
     def decode(self, ids: Sequence[int], *, continued: bool = False) -> str:  # noqa: ARG002
-        """The text of the ids below 256."""
+        """Decode the ids below 256 as UTF-8. Other ids are left out."""
         return bytes(id_ for id_ in ids if id_ < _BYTES).decode(errors="replace")
 
 
 class FileCodec:
-    """Encodes and decodes with the tokenizer file that a run keeps."""
+    """A codec that uses the tokenizer file that a run keeps."""
 
     def __init__(self, description: TokenizerDescription) -> None:
-        """Raises ValueError without the package `tokenizers`."""
+        """Load the tokenizer. Raises ValueError if the package `tokenizers` is missing."""
         self.start, self.end = description.document_start, description.document_end
         self._tokenizer = FileTokenizer.of(description.file, "the run's tokenizer")
 
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
-        """The ids of a part of a text. Raises ValueError if it cannot be encoded."""
+        """Return the ids of a part of a text. Raises ValueError if the part cannot be encoded."""
         try:
             return self._tokenizer.encode_part(text, continued=continued)
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"the run's tokenizer cannot encode {text!r}: {error}") from error
+            raise ValueError(
+                f"the run's tokenizer cannot encode {text!r}: {error}; change the text"
+            ) from error
 
     def decode(self, ids: Sequence[int], *, continued: bool = False) -> str:
-        """The text of ids; special ones, and those that the tokenizer does not have, are left out.
+        """Decode ids to text. Special ids, and ids that the tokenizer does not have, are left out.
 
-        Many tokenizers drop the space before the first word of a text. `continued` keeps it, or adds none
-        if the first id continues a word.
+        Many tokenizers drop the space before the first word of a text. With `continued`, this space is kept;
+        if the first id continues a word, there is no space.
         """
         text = self._tokenizer.decode(ids)
         if not continued or not ids:
             return text
-        before = self._tokenizer.decode(ids[:1])  # any token will do
+        before = self._tokenizer.decode(ids[:1])  # any token would do
         both = self._tokenizer.decode([ids[0], *ids])
         return both.removeprefix(before) if both.startswith(before) else text
 
@@ -78,7 +80,7 @@ def is_byte_model(model: ModelInfo) -> bool:
 
 
 def codec_of(model: ModelInfo, description: TokenizerDescription | None) -> TextCodec | None:
-    """The codec of a run's texts; None if the run keeps no tokenizer and the model is not of bytes."""
+    """Return the codec for a run's texts; None if the run keeps no tokenizer and has no model of bytes."""
     if description is not None and description.name != BYTES:
         return FileCodec(description)
     if description is not None:

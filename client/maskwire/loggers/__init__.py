@@ -1,4 +1,4 @@
-"""Reports of training: progress output, and loggers, which record a run's history."""
+"""Progress output of training, and loggers that record a run's history."""
 
 from maskwire.loggers.csv_file import CsvFile
 from maskwire.loggers.json_lines import JsonLines

@@ -1,7 +1,7 @@
-"""Fetch from the server what a log lacks of its run's history.
+"""Fetch from the server the steps of a run that a log lacks, and write them to the log.
 
-A job that is killed leaves steps that were applied but whose answers it never received, and records that its
-loggers had not written. The next job fills them in.
+When a job is killed, its log can lack steps: those whose answers the job never received, and those that its
+loggers had not written yet. The next job adds them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from maskwire.results import StepsPage
 
 T = TypeVar("T")
 
-_PAGE = 250  # the most steps that a server returns
+_PAGE = 250  # the most steps that a server returns in one page
 
 Asking = Generator[Callable[[], Any] | Work, Any, T]
-"""A generator that yields calls of the trainer, which its caller performs, as `fit` does."""
+"""A generator that yields calls of the trainer. Its caller, such as `fit`, performs them."""
 
 
 def catch_up(trainer: Any, last: Place | None, here: Place, log: LogThread) -> Asking[None]:
-    """Write the records between a log's `last` place and `here`, one page at a time.
+    """Write to a log the records that it lacks: those after its `last` place, up to the run's place `here`.
 
-    Writes a "started" record instead, which marks a beginning or a gap, if the log has nothing of this run,
-    if it is ahead of the run, or if the server is too old to list its steps.
+    Fetches the steps from the server one page at a time. Instead, writes one "started" record, which marks
+    a beginning or a gap, if the log has nothing of this run, if the log is ahead of the run, or if the server
+    is too old to list its steps.
     """
     try:
         if last is not None and last.digest:
@@ -42,7 +43,10 @@ def catch_up(trainer: Any, last: Place | None, here: Place, log: LogThread) -> A
 
 
 def _of_this_run(trainer: Any, last: Place) -> Asking[Place | None]:
-    """The place of a log of an older version, which does not name its run; None if it is another run."""
+    """Return the place `last` with its run, for an old log that does not name the run.
+
+    Returns None if the server has another digest at that step: the log is of another run.
+    """
     page = yield partial(trainer.steps_page, first_step=last.step, last_step=last.step)
     known = [recorded.digest.hex() for recorded in page.steps]
     return Place(page.run_id, page.lineage, last.step) if known == [last.digest] else None

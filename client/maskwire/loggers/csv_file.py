@@ -1,4 +1,4 @@
-"""A CSV file: one row per step and evaluation, with a header."""
+"""Logger that writes a CSV file: a header, then one row per step and per evaluation."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ COLUMNS = (
     "learning_rate", "compute_seconds", "tokens", "outcome", "digest", "time", "filled_in",
     "eval_bits_per_token", "eval_standard_error_bits", "parent_lineage", "checkpoint",
 )  # fmt: skip
-"""The fields of all kinds of records. A cell is empty where a record has no such field, or no number."""
+"""The fields of all kinds of records. A cell is empty if the record has no such field or no number there."""
 
 _BLOCK = 2**20  # bytes at the end of the file that are searched for the last row
 
 
 @refuse_unknown_keywords
 class CsvFile(Logger):
-    """Appends a row per step and evaluation to a file. Give each job a file of its own."""
+    """Logger that appends one row per step and per evaluation to a CSV file. Give each job its own file."""
 
     def __init__(self, path: str | Path) -> None:
-        """Log to a file.
+        """Log to a CSV file.
 
-        path: The file; it is created, or continued if it is of the same run.
+        path: The file. It is created if it does not exist; otherwise rows are appended to it.
         """
         self.path: Path = Path(path)
         self._last: Record = {}
@@ -37,13 +37,13 @@ class CsvFile(Logger):
 
     @property
     def label(self) -> str:
-        """The file's path."""
+        """The file's path, which names this log in messages."""
         return str(self.path)
 
     def open(self, place: Place) -> Place | None:  # noqa: ARG002
-        """Remove a partial last row, and return the place of the last complete row.
+        """Open the file, remove a partial last row, and return the place of the last complete row.
 
-        Raises ValueError if the file contains something else.
+        Returns None if the file has no rows. Raises ValueError if another program wrote the file.
         """
         size = self.path.stat().st_size if self.path.exists() else 0
         if size and self.path.is_file():
@@ -55,7 +55,7 @@ class CsvFile(Logger):
         return Place(self._last["run_id"], int(self._last["lineage"]), int(self._last["step"]))
 
     def write(self, record: Record) -> None:
-        """Append a row. OSError if it cannot be written."""
+        """Append a row. Raises OSError if the row cannot be written."""
         assert self._file is not None
         # A job that is stopped just after it wrote an evaluation repeats the evaluation.
         if not (is_evaluation(record) and is_evaluation(self._last) and same_step(record, self._last)):
@@ -65,17 +65,17 @@ class CsvFile(Logger):
         self._last = record
 
     def flush(self) -> None:
-        """Raise OSError if the file was deleted, moved or replaced. Nothing is buffered."""
+        """Raise OSError if the file was deleted, moved or replaced. There is no buffer to flush."""
         if self._file is not None:
             self._file.check()
 
     def close(self) -> None:
-        """Close the file. OSError if the file system reports only now that a row was not written."""
+        """Close the file. Raises OSError if the file system reports only now that a row was not written."""
         if self._file is not None:
             self._file.close()
 
     def _repair(self, size: int) -> int:
-        """Remove a partial last row and read the last one; return the size that is left."""
+        """Remove a partial last row, read the last complete row, and return the file's new size in bytes."""
         header = _line(COLUMNS)
         with self.path.open("r+b") as file:
             if not header.startswith(head := file.read(len(header))):

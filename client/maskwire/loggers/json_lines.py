@@ -1,6 +1,6 @@
-"""A metrics file: one JSON object per line, each with its run, lineage and step.
+"""Logger that writes a metrics file: one JSON object per line, each with its run, lineage and step.
 
-A job that is killed can leave a partial line. The next job that opens the file repairs it.
+A job that is killed can leave a partial line. The next job that opens the file repairs that line.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LONGEST_LINE = 4096  # bytes
 
 @refuse_unknown_keywords
 class JsonLines(Logger):
-    """Appends a JSON object per step and evaluation to a file. Give each job a file of its own."""
+    """Logger that appends one JSON line per step and per evaluation to a file. Give each job its own file."""
 
     def __init__(self, path: str | Path) -> None:
-        """Log to a file.
+        """Log to a file of JSON lines.
 
-        path: The file; it is created, or continued if it is of the same run.
+        path: The file. It is created if it does not exist; otherwise lines are appended to it.
         """
         self.path: Path = Path(path)
         self._last: Record = {}
@@ -36,13 +36,13 @@ class JsonLines(Logger):
 
     @property
     def label(self) -> str:
-        """The file's path."""
+        """The file's path, which names this log in messages."""
         return str(self.path)
 
     def open(self, place: Place) -> Place | None:
-        """Repair the file and return the place of its last line.
+        """Open the file, repair a partial last line, and return the place of the last line.
 
-        Raises ValueError if it contains something else.
+        Returns None if the file has no lines. Raises ValueError if another program wrote the file.
         """
         emptied = ended = False
         if self.path.exists() and stat.S_ISREG(self.path.stat().st_mode):
@@ -52,12 +52,12 @@ class JsonLines(Logger):
         self._file = LineFile(self.path)
         if ended:
             self._file.write(b"\n")
-        if emptied:  # a job that started with the run was stopped before its first line
+        if emptied:  # the job that started the run was stopped before it wrote a complete line
             return Place(place.run_id, 1, 0)
         return _place(self._last)
 
     def write(self, record: Record) -> None:
-        """Append a line. OSError if it cannot be written."""
+        """Append a line. Raises OSError if the line cannot be written."""
         assert self._file is not None
         repeated = is_evaluation(record) and is_evaluation(self._last) and same_step(record, self._last)
         begins = (
@@ -66,34 +66,35 @@ class JsonLines(Logger):
             and (record["lineage"], record["step"]) == (1, 0)
         )
         # A job that is stopped just after it wrote an evaluation repeats the evaluation. A file without a
-        # "started" record starts with the run, so that record is left out at the beginning of the run.
+        # "started" record starts with the run, so a file that starts with the run needs no such record.
         if not (repeated or begins):
             self._file.write(json.dumps(record).encode() + b"\n")
         self._last = record
 
     def flush(self) -> None:
-        """Raise OSError if the file was deleted, moved or replaced. Nothing is buffered."""
+        """Raise OSError if the file was deleted, moved or replaced. There is no buffer to flush."""
         if self._file is not None:
             self._file.check()
 
     def close(self) -> None:
-        """Close the file. OSError if the file system reports only now that a line was not written."""
+        """Close the file. Raises OSError if the file system reports only now that a line was not written."""
         if self._file is not None:
             self._file.close()
 
 
 def _place(line: Record) -> Place | None:
-    """The position in the history that a line of the file belongs to; None if it has none."""
+    """Return the place in the run's history that a line of the file records; None if it records none."""
     if {"run_id", "lineage"} <= line.keys():
         return Place(str(line["run_id"]), int(line["lineage"]), int(line["step"]))
     step = int(line.get("step", 0))
-    return Place("", 0, step, str(line["digest"])) if step else None  # of an older version
+    return Place("", 0, step, str(line["digest"])) if step else None  # a line of an older version
 
 
 def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
-    """Remove a partial last line. A file that contains something else is left unchanged.
+    """Remove a partial last line from a metrics file, and read the last line that records a step.
 
-    Returns the last line with a step, or {}, and whether the last line lacks only its newline.
+    Returns that line, or {} if there is none, and whether the last line lacks only its newline. Raises
+    ValueError for a file that is not a metrics file, and leaves it unchanged.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _BLOCK))
@@ -105,8 +106,8 @@ def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
     if lines:
         _require("step" in (_object(lines[-1]) or {}), path, lines[-1])
     if torn and not unended:
-        # A full disk or a power loss leaves the beginning of a line, or zeros. If the file has nothing else,
-        # this must be the beginning of one of our lines, or zeros that are no longer than a line.
+        # A full disk or a power loss leaves the beginning of a line, or zero bytes. If the file has nothing
+        # else, these bytes must be the beginning of one of our lines, or zeros no longer than a line.
         ours = torn.startswith((b'{"run_id": ', b'{"step": ')) or b'{"run_id": '.startswith(torn)
         zeros = not torn.strip(b"\0")
         known = torn.startswith(b"{") or zeros if lines else ours or (zeros and size < _LONGEST_LINE)

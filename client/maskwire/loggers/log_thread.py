@@ -22,40 +22,44 @@ T = TypeVar("T")
 
 QUEUE_RECORDS = 10_000
 """The most records that wait for a logger."""
-_SIGNAL_SECONDS = 0.5  # a signal may reach another thread, so waits wake this often
+_SIGNAL_SECONDS = 0.5  # a signal may reach another thread, so every wait checks for one this often
 _FILE_ERRORS = {
     FileNotFoundError: "create the folder first, or choose another place",
     PermissionError: "choose a place that this user may write to",
     IsADirectoryError: "it is a folder: name a file in it",
     NotADirectoryError: "a part of the path is a file: choose another place",
 }
-"""What the caller of `fit` can mend, and how. The other OSErrors are those of a network or of a device."""
+"""Errors that the caller of `fit` can mend, and how. Other OSErrors come from a network or a device."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Flush:
-    """Queue entry: flush, and report that all earlier records were written."""
+    """Queue entry: asks the thread to flush the logger, and to report when earlier records are written."""
 
     done: queue.SimpleQueue[bool] = field(default_factory=queue.SimpleQueue)
 
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """What `open` returned or raised."""
+    """The outcome of a logger's `open`: the last place in its log, or the error that it raised."""
 
     last: Place | None
     error: BaseException | None = None
 
 
 class LogThread:
-    """Runs one logger. Its methods are called by one thread at a time; only `opened` raises."""
+    """Runs one logger on a thread, and queues its records.
+
+    Only one thread at a time may call the methods. No method raises an error, except `opened`.
+    """
 
     def __init__(self, logger: Logger, place: Place) -> None:
         self.logger = logger
         self.failure = ""
-        """Why records are missing; empty if none is."""
+        """Why records are missing from the log; empty if none is missing."""
         self._place = place
-        self._queue: queue.SimpleQueue[Record | _Flush | None] = queue.SimpleQueue()  # no lock can stay held
+        # A SimpleQueue has no lock that an interrupt could leave held.
+        self._queue: queue.SimpleQueue[Record | _Flush | None] = queue.SimpleQueue()
         self._opened: queue.SimpleQueue[_Opened] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._pid = os.getpid()
@@ -64,10 +68,10 @@ class LogThread:
         self._thread.start()
 
     def opened(self) -> Place | None:
-        """Wait until the log is open, and return its last place; None if it has none or did not open.
+        """Wait until the log is open, and return its last place; None if it is empty or did not open.
 
-        Raises what the caller can mend: the ValueError, TypeError or ImportError that the logger's `open`
-        raised, or an error of a file or folder.
+        Raises an error that the caller can mend: the ValueError, TypeError or ImportError that the logger's
+        `open` raised, or an error about a file or folder.
         """
         found = _wait(self._opened, self.logger.open_seconds)
         if found is None:
@@ -80,18 +84,18 @@ class LogThread:
         return found.last
 
     def write(self, record: Record) -> None:
-        """Queue a record. If too many wait already, this one and all later ones are dropped."""
+        """Queue a record. If the queue is full, this record and all later ones are dropped."""
         if self.failure:
             return
         if self._queue.qsize() >= QUEUE_RECORDS:
-            self._fail(f"{QUEUE_RECORDS:,} records wait already")
+            self._fail(f"{QUEUE_RECORDS:,} records are waiting already")
             return
         self._queue.put(record)
 
     def flush(self) -> None:
-        """Wait until all records are written, for at most `close_seconds`.
+        """Wait until all queued records are written, for at most the logger's `close_seconds`.
 
-        Does not wait if the last wait timed out and records are still queued.
+        Does not wait if the previous wait timed out and records are still queued.
         """
         if self.failure or self._inherited or (self._flush_timed_out and self._queue.qsize()):
             return
@@ -100,7 +104,10 @@ class LogThread:
         self._flush_timed_out = _wait(entry.done, self.logger.close_seconds) is None
 
     def close(self, seconds: float | None = None) -> None:
-        """Write the queued records and close the log. Waits for at most `seconds`, or `close_seconds`."""
+        """Write the queued records and close the log.
+
+        seconds: How long to wait for this at most; None: the logger's `close_seconds`.
+        """
         if self._inherited:
             return
         self._queue.put(None)
@@ -108,11 +115,11 @@ class LogThread:
             return  # it did not open in time, so it would not finish in time
         seconds = self.logger.close_seconds if seconds is None else seconds
         if _wait(self._done, seconds) is None and not self.failure:
-            self._fail(f"it did not finish within {seconds:g} s, and {self._queue.qsize():,} records wait")
+            self._fail(f"it did not finish within {seconds:g} s, and {self._queue.qsize():,} records remain")
 
     @property
     def _inherited(self) -> bool:
-        """Whether this is a forked child, where the thread does not exist."""
+        """Whether this process was forked after the thread started, and so does not have the thread."""
         return os.getpid() != self._pid
 
     def _fail(self, reason: str) -> None:
@@ -121,20 +128,20 @@ class LogThread:
         )
 
     def _raise_if_mendable(self, error: BaseException) -> None:
-        """Raise the error of `open` if the caller can mend it before training."""
+        """Raise the error that the logger's `open` raised, if the caller can mend it before training."""
         for kind, cure in _FILE_ERRORS.items():
             if isinstance(error, kind):
                 reason, label = error.strerror or error, self.logger.label
                 file = "" if error.filename is None or str(error.filename) in label else f": {error.filename}"
                 raise kind(f"the log {label} cannot be opened ({reason}{file}); {cure}") from error
-        # The errors of a network are OSErrors, and some of them, as those of requests, ValueErrors too.
+        # Network errors are OSErrors, and some of them, such as those of requests, are also ValueErrors.
         if isinstance(error, ValueError | TypeError | ImportError) and not isinstance(error, OSError):
             raise error
 
     def _run(self) -> None:
-        """Run the logger; the thread's function.
+        """Open the log, write the queued records and close the log; the function that the thread runs.
 
-        Catches SystemExit too, which libraries raise: the thread must report it and not end silently.
+        Also catches SystemExit, which some libraries raise, so that the thread reports it.
         """
         try:
             last = self.logger.open(self._place)
@@ -170,7 +177,7 @@ class LogThread:
 
 
 def _wait(answers: queue.SimpleQueue[T], seconds: float) -> T | None:
-    """The next answer; None after `seconds`. Ctrl-C interrupts the wait."""
+    """Wait for the next answer and return it, or None after `seconds`. Ctrl-C interrupts the wait."""
     deadline = time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()

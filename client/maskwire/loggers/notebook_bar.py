@@ -1,4 +1,4 @@
-"""Progress in a notebook: one bar, which is redrawn in place."""
+"""Progress of training in a notebook: a bar that is redrawn in place."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _DRAW_SECONDS = 0.2
-_LINES = 20  # the newest ones, shown below the bar
+_LINES = 20  # the most lines shown below the bar, the newest ones
 
 
 def in_notebook() -> bool:
-    """Whether this is the kernel of a notebook. Imports nothing."""
+    """Whether this process is the kernel of a notebook. Does not import IPython."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")
 
 
 class NotebookBar:
-    """Steps, loss, tokens per second and the time left, and below them the lines that stay."""
+    """A bar with steps, loss, tokens per second and the time left; below it, the lines added by `say`."""
 
     def __init__(self, step: int, until_step: int, elapsed: Callable[[], float]) -> None:
-        """`elapsed()` returns the seconds spent training so far.
+        """Show a bar that starts at `step` and ends at `until_step`.
 
-        Time in which the server did not answer is excluded.
+        `elapsed()` returns the seconds of training so far, without the time in which the server did not
+        answer.
         """
         self._first_step, self._until_step, self._elapsed = step, until_step, elapsed
         self._step, self._tokens, self._words = step, 0, ""
@@ -38,7 +39,7 @@ class NotebookBar:
         self._draw()
 
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
-        """Show that a step was trained."""
+        """Show a trained step: its number, its loss in nats, its number of tokens, and a note."""
         self._tokens += tokens
         self._step = step
         elapsed = self._elapsed()
@@ -48,12 +49,12 @@ class NotebookBar:
             self._draw()
 
     def say(self, text: str) -> None:
-        """Show a line that stays below the bar."""
+        """Add a line of text below the bar, where the newest 20 lines are shown."""
         self._lines.append(text)
         self._draw()
 
     def close(self) -> None:
-        """Draw the bar as it is at the end."""
+        """Draw the final state of the bar."""
         self._draw()
 
     def _draw(self) -> None:

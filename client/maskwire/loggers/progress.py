@@ -1,4 +1,7 @@
-"""Progress of training, as lines for logs. The bars are in `maskwire.progress_bar` and `notebook_bar`."""
+"""Progress of training as lines of text, and the choice between lines and a bar.
+
+The bars are in `maskwire.progress_bar` and `maskwire.loggers.notebook_bar`.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +17,29 @@ log = logging.getLogger(__name__)
 
 
 class TrainingProgress(Protocol):
-    """Shows the progress of training."""
+    """An object that shows the progress of training."""
 
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
         """Show that a step was trained.
 
         step: The step's number.
-        loss: Its loss, in nats.
-        tokens: Tokens sent with it.
-        note: Words to add, such as the result of an evaluation.
+        loss: The step's loss, in nats.
+        tokens: The number of tokens sent with the step.
+        note: The step's outcome if it was not applied, such as SKIPPED_NON_FINITE; otherwise empty.
         """
 
     def say(self, text: str) -> None:
-        """Show a line that stays.
+        """Show a line of text that stays visible.
 
         text: The line.
         """
 
     def close(self) -> None:
-        """Stop: training has ended."""
+        """End the output, because training has ended."""
 
 
 def check_progress(progress: Any) -> None:
-    """Raise TypeError unless it is True, False or a TrainingProgress."""
+    """Raise TypeError unless `progress` is True, False or a TrainingProgress."""
     if not isinstance(progress, bool) and not all(
         callable(getattr(progress, name, None)) for name in ("update", "say", "close")
     ):
@@ -49,10 +52,10 @@ def check_progress(progress: Any) -> None:
 def training_progress(
     wanted: bool, step: int, until_step: int, waited: Callable[[], float] = lambda: 0.0
 ) -> TrainingProgress:
-    """Return a live bar on a terminal or in a notebook and lines elsewhere, or no progress at all.
+    """Return the progress output of a training loop: a bar on a terminal or in a notebook, lines elsewhere.
 
-    `waited()` returns the seconds for which the client has waited for the server. They are excluded
-    from the rate and the time left.
+    The output shows nothing if `wanted` is False. `waited()` returns the seconds for which the client has
+    waited for the server; the rate and the time left exclude them.
     """
     if not wanted:
         return NoProgress()
@@ -71,7 +74,7 @@ def training_progress(
 
 
 def warn(progress: TrainingProgress, words: str) -> None:
-    """Show a warning that stays: in the progress output, or in the log if there is none."""
+    """Show a warning in the progress output, or log it if there is no such output."""
     if isinstance(progress, NoProgress):
         log.warning("%s", words)
     else:
@@ -79,7 +82,7 @@ def warn(progress: TrainingProgress, words: str) -> None:
 
 
 class NoProgress:
-    """Shows nothing."""
+    """Progress output that shows nothing."""
 
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
         """Do nothing."""
@@ -92,7 +95,7 @@ class NoProgress:
 
 
 class ProgressLines:
-    """Prints a line on stderr every few seconds."""
+    """Progress output that prints a line on stderr every few seconds."""
 
     def __init__(self, step: int, until_step: int, elapsed: Callable[[], float]) -> None:
         self._first_step, self._until_step, self._elapsed = step, until_step, elapsed
@@ -101,7 +104,7 @@ class ProgressLines:
         self._unprinted = ""
 
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
-        """Print a line if the last one is old enough."""
+        """Print a line about the step, unless the last line was printed less than 10 seconds ago."""
         self._tokens += tokens
         now = time.monotonic()
         elapsed = self._elapsed()
@@ -115,10 +118,10 @@ class ProgressLines:
             tell(line)
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a line of text on stderr."""
         tell(text)
 
     def close(self) -> None:
-        """Print the last line if it was not printed."""
+        """Print the line about the last step, unless it was printed already."""
         if self._unprinted:
             tell(self._unprinted)

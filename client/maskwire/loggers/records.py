@@ -1,6 +1,6 @@
 """The records of a run's history that loggers write, each with its run, lineage and step.
 
-A record is a dict that JSON can hold. Its kinds:
+A record is a dict that can be written as JSON. The kinds of records:
 
     a step            losses, gradient norm, learning rate, times, tokens, outcome, digest
     an evaluation     `eval_bits_per_token` and its standard error
@@ -31,16 +31,16 @@ class Place:
     step: int
     """The step; 0: before the first step."""
     digest: str = ""
-    """For a log that does not name its run: the digest at the step, which identifies the run."""
+    """Only for a log that does not name its run: the digest after the step, which identifies the run."""
 
     @property
     def order(self) -> tuple[int, int]:
-        """Where the place comes in the history of its run."""
+        """(lineage, step), which sorts places in the order of their run's history."""
         return self.lineage, self.step
 
 
 def step_record(run_id: str, lineage: int, answer: StepResult, tokens: int) -> Record:
-    """Return the record of a step. Numbers that are not finite become None."""
+    """Return the record of a trained step. Numbers that are not finite become None."""
     return {
         "run_id": run_id,
         "lineage": lineage,
@@ -72,7 +72,10 @@ def evaluation_record(run_id: str, lineage: int, found: EvalResult) -> Record:
 
 
 def filled_in_record(run_id: str, step: RecordedStep) -> Record:
-    """Return the record of a step whose answer never came. What the server does not record is None."""
+    """Return the record of a step that the log lacks, from the server's record of the step.
+
+    Values that the server does not keep are None.
+    """
     return {
         "run_id": run_id,
         "lineage": step.lineage,
@@ -88,7 +91,7 @@ def filled_in_record(run_id: str, step: RecordedStep) -> Record:
 
 
 def started_record(place: Place, digest: bytes) -> Record:
-    """Return the record that marks where a log begins."""
+    """Return the record that marks where a log begins. `digest` is the history digest there."""
     return {
         "run_id": place.run_id,
         "lineage": place.lineage,
@@ -100,7 +103,7 @@ def started_record(place: Place, digest: bytes) -> Record:
 
 
 def restored_record(page: StepsPage) -> Record:
-    """Return the record that marks the start of a lineage."""
+    """Return the record that marks where a restore started a lineage, from a page of the lineage's steps."""
     return {
         "run_id": page.run_id,
         "lineage": page.lineage,
@@ -127,7 +130,7 @@ _CHARTS = {
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The numbers of a step or an evaluation, by the name of their curve. Absent ones are left out."""
+    """Return the numbers of a step's or an evaluation's record by curve name, without absent numbers."""
     return {
         chart: float(value)
         for name, chart in _CHARTS.items()
@@ -136,12 +139,12 @@ def scalars(record: Record) -> dict[str, float]:
 
 
 def is_evaluation(record: Record) -> bool:
-    """Whether a record is that of an evaluation."""
+    """Whether a record describes an evaluation."""
     return "eval_bits_per_token" in record
 
 
 def same_step(record: Record, other: Record) -> bool:
-    """Whether two records are of one step of one history."""
+    """Whether two records have the same run, lineage and step."""
     return all(str(record[key]) == str(other.get(key)) for key in ("run_id", "lineage", "step"))
 
 

@@ -1,4 +1,4 @@
-"""Open the logger that an argument of a command describes, such as `tensorboard:runs`."""
+"""Create the logger that a command-line argument such as `tensorboard:runs` describes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ KINDS: dict[str, Callable[[str], Logger]] = {
     "wandb": WandB,
     "trackio": Trackio,
 }
-"""What `open_logger` accepts before the colon; after it comes a file, a folder or a project's name."""
+"""What `open_logger` accepts before the colon. A file, a folder or a project's name follows the colon."""
 
 
 def open_logger(specification: str) -> Logger:
-    """Return the logger that KIND:PLACE describes. ValueError if it describes none."""
+    """Return the logger that KIND:PLACE, such as `csv:a.csv`, describes. Raises ValueError if invalid."""
     kind, _, place = specification.partition(":")
     if kind not in KINDS or not place:
         raise ValueError(
-            f"a log is KIND:PLACE with KIND one of {', '.join(KINDS)}, for example tensorboard:runs, got "
-            f"{specification!r}"
+            f"a log must be KIND:PLACE, where KIND is one of {', '.join(KINDS)}, for example "
+            f"tensorboard:runs; got {specification!r}"
         )
     return KINDS[kind](place)

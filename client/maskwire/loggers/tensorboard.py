@@ -1,8 +1,8 @@
-"""TensorBoard: event files of scalars, without TensorFlow. Needs the package `tensorboard`.
+"""Logger that writes TensorBoard's event files, without TensorFlow. Needs the package `tensorboard`.
 
-Each run has its own folder, named by the run's id. Each call of `fit` begins a file there with a "START"
-event, which makes TensorBoard discard the later steps of earlier files: so a run that was restored to an
-earlier step shows one curve.
+Each run has its own folder, named by the run's id. Each call of `fit` starts a new file there, with a
+"START" event. This event makes TensorBoard discard the later steps of earlier files, so that a run that
+was restored to an earlier step is shown as one curve.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from maskwire.nonfatal_output import check_in_place
 from maskwire.signatures import refuse_unknown_keywords
 
 _NAME = "events.out.tfevents.{:010d}.maskwire.lineage-{}"
-_HEADER = struct.Struct("<QI")  # a record: its length, and a checksum; then the data, and a checksum
+_HEADER = struct.Struct("<QI")  # a record is its length, a checksum, the data and a second checksum
 _CHECKSUM = 4  # bytes
 _FLUSH_SECONDS = 5.0
 
 
 @refuse_unknown_keywords
 class TensorBoard(Logger):
-    """Writes the curves of a run to `folder`/RUN_ID, for `tensorboard --logdir folder`."""
+    """Logger that writes a run's curves to `folder`/RUN_ID. `tensorboard --logdir folder` shows them."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Log to a folder. Raises ImportError without the package tensorboard.
+        """Log to a folder. Raises ImportError if the package tensorboard is not installed.
 
-        folder: The folder, with a folder inside for each run.
+        folder: The folder, in which each run gets a folder of its own.
         """
         needs("tensorboard", "tensorboard")
         self.path: Path = Path(folder)
@@ -44,11 +44,14 @@ class TensorBoard(Logger):
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """The name of this log in messages."""
         return f"tensorboard {self.path}"
 
     def open(self, place: Place) -> Place | None:
-        """Find the last step in the run's event files, and begin a file. OSError if it cannot be written."""
+        """Start a new event file, and return the place of the last step in the run's earlier event files.
+
+        Returns None if there are none. Raises OSError if the file cannot be written.
+        """
         self._run = self.path.absolute() / place.run_id
         self._run.mkdir(parents=True, exist_ok=True)
         last = self._last_place(place.run_id)
@@ -56,7 +59,7 @@ class TensorBoard(Logger):
         return last
 
     def write(self, record: Record) -> None:
-        """Write the numbers of a record as one event."""
+        """Write the numbers of a step's or an evaluation's record. Other records start a new event file."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -79,14 +82,14 @@ class TensorBoard(Logger):
             self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered to the event file. OSError if it was deleted, moved or replaced."""
+        """Write buffered events to the file. Raises OSError if the file was deleted, moved or replaced."""
         if self._file is not None:
             self._file.flush()
             check_in_place(Path(self._file.name), self._file.fileno())
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Close the event file. OSError if it was deleted, moved or replaced."""
+        """Close the event file. Raises OSError if the file was deleted, moved or replaced."""
         if self._file is not None:
             file, self._file = self._file, None
             with file:
@@ -94,7 +97,7 @@ class TensorBoard(Logger):
                 check_in_place(Path(file.name), file.fileno())
 
     def _begin(self, place: Place) -> None:
-        """Begin a file for the steps after `place`."""
+        """Start a new event file for the steps after `place`."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -117,7 +120,10 @@ class TensorBoard(Logger):
         return sorted(self._run.glob("events.out.tfevents.*.maskwire.lineage-*"))
 
     def _last_place(self, run_id: str) -> Place | None:
-        """The last step in the newest file, or the step after which it starts if it has none."""
+        """Return the place of the last step in the newest event file, or None if there is no event file.
+
+        For a file without steps, returns the place after which the file starts.
+        """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         for path in reversed(self._files()):
@@ -138,7 +144,7 @@ def _time_of(path: Path) -> int:
 
 
 def _backwards(path: Path) -> Iterator[bytes]:
-    """The complete records of an event file, the last one first."""
+    """Yield the complete records of an event file, the last record first."""
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -1,7 +1,7 @@
-"""Trackio, which keeps its curves on this machine. Needs the package `trackio`.
+"""Logger for Trackio, which keeps curves on this machine. Needs the package `trackio`.
 
-A maskwire run is a trackio run whose name is the run's id. Each lineage after a restore is another trackio
-run in the same group, with the lineage's number appended to the name.
+Each maskwire run becomes a trackio run whose name is the maskwire run's id. Each lineage after a restore
+becomes another trackio run in the same group, with the lineage's number appended to the name.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from maskwire.nonfatal_output import tell
 from maskwire.signatures import refuse_unknown_keywords
 
 _START = "start"
-"""A curve of one point, at the step after which a log begins."""
+"""The name of a curve with one point, at the step after which a log begins."""
 _SET_HERE = ("project", "name", "group", "resume")
 """The arguments of `trackio.init` that this logger sets."""
 
 
 @refuse_unknown_keywords
 class Trackio(Logger):
-    """Writes the curves of a run to a trackio project, for `trackio show --project PROJECT`."""
+    """Logger that writes a run's curves to a trackio project. `trackio show --project NAME` shows them."""
 
-    open_seconds = 120.0  # its import takes seconds, and a remote trackio server is reached over the network
+    open_seconds = 120.0  # importing trackio takes seconds, and its server may be remote
     close_seconds = 60.0
 
     def __init__(self, project: str, **options: Any) -> None:
-        """Log to a project.
+        """Log to a trackio project.
 
-        project: Its name.
+        project: The project's name.
         options: Further arguments of `trackio.init`, such as `space_id`.
 
-        Raises ImportError without the package trackio, and TypeError for an unknown option.
+        Raises ImportError if the package trackio is not installed, and TypeError for an unknown option.
         """
         needs("trackio", "trackio")
         if options:
@@ -45,26 +45,29 @@ class Trackio(Logger):
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """The name of this log in messages."""
         return f"trackio {self._project}"
 
     def open(self, place: Place) -> Place | None:
-        """Resume the trackio run of the newest lineage that has one, or begin one."""
+        """Resume the trackio run of the newest lineage that has one, and return its last place.
+
+        If no lineage has one, begins a trackio run and returns None.
+        """
         try:
             return self._resume(place)
         except OSError as error:  # a network error: training can start without this logger
-            raise RuntimeError(f"trackio failed: {error}") from error
+            raise RuntimeError(f"trackio failed: {error}; check the network and trackio's setup") from error
 
     def _resume(self, place: Place) -> Place | None:
         import trackio
         from trackio import run, utils
 
-        for module in (trackio, run, utils):  # they print to stdout, where a command prints its result
+        for module in (trackio, run, utils):  # they print to stdout, which is for the command's result
             module.print = _tell
         try:
             names = {one.name for one in trackio.Api().runs(self._project)}
         except OSError:
-            raise  # some of those of huggingface_hub are ValueErrors too
+            raise  # some network errors of huggingface_hub are also ValueErrors
         except ValueError:  # no such project yet
             names = set()
         for lineage in range(place.lineage, 0, -1):
@@ -76,7 +79,7 @@ class Trackio(Logger):
         return None
 
     def write(self, record: Record) -> None:
-        """Log the numbers of a record at its step."""
+        """Log the numbers of a record to trackio. A "restored" record begins another trackio run."""
         place = Place(record["run_id"], record["lineage"], record["step"])
         if record.get("event") == "restored":
             self._run.finish()
@@ -89,12 +92,12 @@ class Trackio(Logger):
             self._run.log(numbers, step=place.step)
 
     def close(self) -> None:
-        """Finish the run: wait until what was logged is stored."""
+        """Finish the trackio run: wait until all logged numbers are stored."""
         if self._run is not None:
             self._run.finish()
 
     def _begin(self, place: Place) -> Place | None:
-        """Begin or resume the run of a lineage; return its last place if it has one."""
+        """Begin or resume the trackio run of a lineage. Returns its last place; None if it has no steps."""
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
@@ -111,7 +114,7 @@ class Trackio(Logger):
 
 
 def _name(run_id: str, lineage: int) -> str:
-    """The name of a lineage's run."""
+    """Return the name of the trackio run that holds a lineage of a maskwire run."""
     return run_id if lineage == 1 else f"{run_id}-{lineage}"
 
 

@@ -1,7 +1,7 @@
-"""Weights & Biases. Needs the package `wandb`.
+"""Logger for Weights & Biases (W&B). Needs the package `wandb`.
 
-A maskwire run is a W&B run with the same id. Each lineage after a restore is another W&B run in the same
-group, with the lineage's number appended to the id. W&B's step is the training step.
+Each maskwire run becomes a W&B run with the same id. Each lineage after a restore becomes another W&B run in
+the same group, with the lineage's number appended to the id. The step in W&B is the training step.
 
 Without a network, set `mode="offline"` (or WANDB_MODE=offline) and upload later with `wandb sync`.
 """
@@ -26,7 +26,7 @@ _SET_HERE = ("project", "id", "group", "resume", "reinit", "mode", "dir", "setti
 
 @refuse_unknown_keywords
 class WandB(Logger):
-    """Writes the curves of a run to a W&B project."""
+    """Logger that writes a run's curves to a project of Weights & Biases."""
 
     open_seconds = 120.0  # it starts a process, and uses the network
     close_seconds = 60.0
@@ -39,15 +39,15 @@ class WandB(Logger):
         folder: str | Path | None = None,
         **options: Any,
     ) -> None:
-        """Log to a project.
+        """Log to a W&B project.
 
-        project: Its name.
-        mode: By default that of W&B's own settings, as in WANDB_MODE.
-        folder: The folder in which W&B keeps its folder `wandb`; by default the current one.
+        project: The project's name.
+        mode: "online" or "offline"; None: the mode in W&B's own settings, such as WANDB_MODE.
+        folder: The folder in which W&B creates its own folder `wandb`; None: the one in W&B's settings.
         options: Further arguments of `wandb.init`, such as `entity`, `name`, `tags` or `config`.
 
-        Raises ImportError without the package wandb, ValueError for an unknown mode and TypeError for an
-        unknown option.
+        Raises ImportError if the package wandb is not installed, ValueError for an unknown mode, and
+        TypeError for an unknown option.
         """
         needs("wandb", "wandb")
         if mode not in (None, "online", "offline"):
@@ -63,11 +63,14 @@ class WandB(Logger):
 
     @property
     def label(self) -> str:
-        """Its name in messages."""
+        """The name of this log in messages."""
         return f"wandb {self._project}"
 
     def open(self, place: Place) -> Place | None:
-        """Resume the W&B run of the run's newest lineage, or begin one."""
+        """Resume the W&B run of the newest lineage, and return its last place.
+
+        If there is none, begins a W&B run and returns None.
+        """
         import wandb
 
         settings = wandb.setup().settings
@@ -91,7 +94,7 @@ class WandB(Logger):
         return Place(place.run_id, place.lineage, last)
 
     def write(self, record: Record) -> None:
-        """Log the numbers of a record at its step."""
+        """Log the numbers of a record to W&B. A "restored" record begins another W&B run."""
         place = Place(record["run_id"], record["lineage"], record["step"])
         if record.get("event") == "restored":
             self._finish()
@@ -105,7 +108,7 @@ class WandB(Logger):
             self._run.log(numbers, step=place.step)
 
     def close(self) -> None:
-        """Finish the W&B run: wait until it is uploaded, or written if it is offline."""
+        """Finish the W&B run: wait until it is uploaded, or written to disk in offline mode."""
         if self._run is not None:
             self._finish()
 
@@ -148,11 +151,11 @@ class WandB(Logger):
 
 
 def _name(place: Place) -> str:
-    """The id of a lineage's W&B run."""
+    """Return the id of the W&B run that holds a lineage of a maskwire run."""
     return place.run_id if place.lineage == 1 else f"{place.run_id}{LINEAGE}{place.lineage}"
 
 
 def _folder_of(root: Path) -> Path:
-    """The folder in `root` in which W&B keeps its files."""
+    """Return the folder in `root` in which W&B keeps its files: `.wandb` if it exists, or `wandb`."""
     hidden = root / ".wandb"
     return hidden if hidden.exists() else root / "wandb"

@@ -1,4 +1,4 @@
-"""Find the end of a run's log in W&B's offline files: W&B itself resumes online runs only.
+"""Find the end of a run's log in W&B's offline files, since W&B itself resumes only online runs.
 
 An offline run is a folder with a log of W&B's messages. After a header, the log consists of blocks, and each
 message consists of one or more chunks, as in LevelDB's logs (google/leveldb, doc/log_format.md).
@@ -17,20 +17,20 @@ from typing import Any
 from maskwire.loggers.records import Place
 
 LINEAGE = "-lineage-"
-"""Stands between a run's id and the number of a lineage after the first."""
+"""The text between a run's id and the number of a lineage, in the ids of lineages after the first."""
 START = "start_step"
-"""The entry of a W&B run's config with the step after which its log begins."""
+"""The key in a W&B run's config for the step after which the run's log begins."""
 
 _HEADER = b":W&B"
 _HEADER_BYTES = 7
 _BLOCK = 32768
-_CHUNK = struct.Struct("<IHB")  # a checksum, the length of the data, the kind of chunk; then the data
+_CHUNK = struct.Struct("<IHB")  # a chunk is a checksum, the length of its data, its kind, and the data
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
 @dataclass(frozen=True)
 class OfflineLog:
-    """The end of a run's offline log."""
+    """The last place in a run's offline W&B log."""
 
     place: Place
     evaluated: bool
@@ -38,14 +38,14 @@ class OfflineLog:
 
 
 def offline_log(folder: Path, run_id: str) -> OfflineLog | None:
-    """The end of the newest lineage of a run in W&B's folder; None if the run has no log there."""
+    """Return the end of a run's newest lineage in W&B's `folder`; None if the run has no log there."""
     name = re.compile(rf"run-{re.escape(run_id)}(?:{LINEAGE}(\d+))?\.wandb")
     lineages: dict[int, list[Path]] = {}
     for path in folder.glob("offline-run-*/run-*.wandb"):
         if match := name.fullmatch(path.name):
             lineages.setdefault(int(match[1] or 1), []).append(path)
     for lineage, paths in sorted(lineages.items(), reverse=True):
-        for path in sorted(paths, reverse=True):  # the folder's name has the time
+        for path in sorted(paths, reverse=True):  # the folder's name contains the start time
             if (found := _end(path)) is not None:
                 step, evaluated = found
                 return OfflineLog(Place(run_id, lineage, step), evaluated)
@@ -53,7 +53,10 @@ def offline_log(folder: Path, run_id: str) -> OfflineLog | None:
 
 
 def _end(log: Path) -> tuple[int, bool] | None:
-    """The last step of a log, or the one after which it starts; and whether that step has an evaluation."""
+    """Return the last step of a log, and whether that step has an evaluation.
+
+    For a log without steps, returns the step after which it starts; None if the log does not say.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: tuple[int, bool] | None = None
@@ -72,7 +75,7 @@ def _end(log: Path) -> tuple[int, bool] | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether W&B's process has written the end of a run's log to the run's folder."""
+    """Whether W&B has finished the log in a run's folder: the log contains its last message."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     return any(
@@ -83,7 +86,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def messages(content: bytes) -> Iterator[bytes]:
-    """The complete messages of a log."""
+    """Yield the complete messages in the content of an offline log."""
     if not content.startswith(_HEADER):
         return
     position, message = _HEADER_BYTES, b""

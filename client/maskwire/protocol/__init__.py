@@ -1,1 +1,1 @@
-"""The client's protocol, without I/O: operations, which the blocking and the asyncio driver perform."""
+"""The client's side of the protocol, without I/O: the blocking and the asyncio driver do the I/O."""

@@ -1,4 +1,4 @@
-"""Requests and answers: between Python values and the messages of `maskwire.v1`."""
+"""Conversion of requests and answers between Python values and the messages of `maskwire.v1`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OF_BATCH = ("lengths", "prompt_mask", "segment_ids")
 
 
 def _names(kind: Any, *own: str) -> list[str]:
-    """The options of a call: its message's fields, except those that the client sets itself."""
+    """Return the names of a call's options: its message's fields, except `own`, which the client sets."""
     return [*_OF_BATCH, *(name for name in kind.DESCRIPTOR.fields_by_name if name not in own)]
 
 
@@ -37,11 +37,11 @@ _NUMBERS = {
 
 
 def _fill(kind: Any, **fields: Any) -> Any:
-    """Make a message. Raises TypeError or ValueError with the name of a field that cannot hold its value."""
+    """Make a message. Raises TypeError or ValueError, naming the field, if a field cannot hold its value."""
     for name, value in fields.items():
         field = kind.DESCRIPTOR.fields_by_name[name]
         if isinstance(value, bool | np.bool_) and field.cpp_type in _NUMBERS:
-            raise TypeError(f"{name} cannot be {value!r}: it is a number")
+            raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:
@@ -65,9 +65,10 @@ def step_request(
     segment_ids: Any = None,
     **modes: Any,
 ) -> pb.TrainStepRequest:
-    """Make the request to train on one batch, or on several as one; `num_tokens` is as in `encode_batch`.
+    """Make the request to train on one batch, or on several batches as one.
 
-    `modes` are fields of TrainStepRequest. Raises TypeError unless either `tokens` or `batches` is given.
+    `num_tokens` is the size of the vocabulary, 0 if not known. `modes` are fields of TrainStepRequest. Raises
+    TypeError unless either `tokens` or `batches` is given.
     """
     arguments.check_options("train_step", modes, STEP_OPTIONS)
     about = {"lengths": lengths, "prompt_mask": prompt_mask, "segment_ids": segment_ids}
@@ -76,7 +77,7 @@ def step_request(
         _check_alone(tokens, about)
         encode_batches(batches, num_tokens, request.batch)
     elif tokens is None:
-        raise TypeError("train_step() needs rows of token ids, got None: pass tokens, or batches=[...]")
+        raise TypeError("train_step() needs token ids, but tokens is None: pass tokens, or batches=[...]")
     else:
         encode_batch(tokens, num_tokens, **about, into=request.batch)
     return request
@@ -89,7 +90,7 @@ def _check_alone(tokens: Any, about: dict[str, Any]) -> None:
     for name, value in about.items():
         if value is not None:
             raise TypeError(
-                f"{name} must be given for each batch: batches=[maskwire.Batch(rows, {name}=...), ...]"
+                f"{name} cannot be given with batches: use batches=[maskwire.Batch(rows, {name}=...), ...]"
             )
 
 
@@ -119,10 +120,7 @@ def generate_request(
     stream_steps: bool = False,
     **options: Any,
 ) -> pb.GenerateRequest:
-    """Make the request to sample rows; `options` are fields of GenerateRequest.
-
-    Raises ValueError for an order or a mode that the protocol does not know, TypeError for an option.
-    """
+    """Make the request to sample rows. Raises ValueError or TypeError for unknown values or options."""
     arguments.check_options("generate", options, GENERATE_OPTIONS)
     batch = None
     if prompts is not None:
@@ -130,7 +128,7 @@ def generate_request(
         count = count or 0
     elif lengths is not None or prompt_mask is not None:
         raise ValueError(
-            "lengths and prompt_mask need prompts, but prompts is None; pass prompts, or leave both out"
+            "lengths and prompt_mask need prompts, but prompts is None: pass prompts, or leave both out"
         )
     request: pb.GenerateRequest = _fill(
         pb.GenerateRequest,
@@ -153,7 +151,7 @@ _PREFIXES = {
 
 
 def _number(name: str, value: str, enum: Any) -> Any:
-    """An enum's number by its name without the prefix, in lower case."""
+    """Return an enum's number by its name in lower case, without the prefix. Raises ValueError if unknown."""
     prefix = _PREFIXES[name]
     names: list[str] = enum.keys()
     known = [each.removeprefix(prefix).lower() for each in names[1:]]
@@ -163,9 +161,9 @@ def _number(name: str, value: str, enum: Any) -> Any:
 
 
 def hash_of(request: pb.TrainStepRequest, version: DigestVersion) -> bytes:
-    """The payload hash of a step request. Raises ValueError for an id that the version cannot hash.
+    """Return the payload hash of a step request. Raises ValueError for an id that the version cannot hash.
 
-    The server refuses such a request, so it may be sent before it is hashed.
+    The server refuses a request with such an id, so a request may be sent before it is hashed.
     """
     batch = request.batch
     return payload_hash(
@@ -188,7 +186,7 @@ def _given(message: Any, name: str) -> Any:
 
 
 def read_losses(losses: pb.Losses) -> results.Losses:
-    """Decode losses; an unset one is None."""
+    """Decode losses. A loss that the message does not set is None."""
     return results.Losses(losses.loss, _given(losses, "generator_loss"), _given(losses, "critic_loss"))
 
 
@@ -214,7 +212,7 @@ def read_step(response: pb.TrainStepResponse) -> results.StepResult:
 
 
 def read_tokenizer(response: pb.GetTokenizerResponse) -> results.TokenizerDescription | None:
-    """Decode the tokenizer that the run keeps, if any."""
+    """Decode the tokenizer that is stored with the run; None if there is none."""
     if not response.HasField("tokenizer"):
         return None
     found = response.tokenizer
@@ -288,7 +286,7 @@ def read_eval(response: pb.EvalLossResponse) -> results.EvalResult:
 
 
 def read_generation(response: pb.GenerateResponse) -> results.GenerateResult:
-    """Decode sampled rows, finished or after an unmasking pass."""
+    """Decode sampled rows: the finished rows, or the state of the rows after an unmasking pass."""
     return results.GenerateResult(
         tokens=decode_batch(response.tokens),
         unmasking_step=response.unmasking_step,
@@ -343,7 +341,7 @@ def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
 
 
 def read_inexact_replays(replays: Iterable[pb.InexactReplay]) -> tuple[results.InexactReplay, ...]:
-    """Decode the steps that recovery recomputed with results that were close but not equal."""
+    """Decode the ranges of steps that recovery recomputed with results that were close but not equal."""
     return tuple(
         results.InexactReplay(replay.lineage, replay.first_step, replay.last_step, replay.accepted)
         for replay in replays

@@ -1,7 +1,7 @@
-"""Downloads of checkpoints: verified, and resumed where an earlier attempt stopped.
+"""Downloads of checkpoints, which are verified and resume where an earlier attempt stopped.
 
-Each file is written as `FILE.HASH.part` and renamed once its SHA-256 is right. The manifest comes last, so a
-folder with a manifest is complete.
+Each file is written as `FILE.HASH.part` and renamed once its SHA-256 is right. The manifest is downloaded
+last, so a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ MANIFEST = "manifest.json"
 LOCK = ".maskwire-download"
 WEIGHTS, EMA = "model.safetensors", "ema.safetensors"
 FROZEN = "frozen.safetensors"
-"""Weights that are never trained, such as those below adapters. The other weights cannot be loaded alone."""
+"""The file of weights that are never trained, such as those below adapters. The others need this file."""
 _BLOCK = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 DownloadProgress = Callable[[int, int], None]
-"""Called with the bytes downloaded so far and the bytes of all files."""
+"""A function that is called with the bytes downloaded so far and the bytes of all files."""
 
 
 class Download:
-    """A checkpoint's download into a folder, which it locks against other downloads."""
+    """The download of a checkpoint into a folder, which is locked against other downloads meanwhile."""
 
     def __init__(
         self,
@@ -55,14 +55,17 @@ class Download:
         names = set(info.files)
         for name in names:  # they become paths on this machine
             if not _NAME.fullmatch(name):
-                raise CheckpointError(f"checkpoint {info.name!r} has a file with an unsafe name: {name!r}")
+                raise CheckpointError(
+                    f"checkpoint {info.name!r} has a file with an unsafe name: {name!r}; a name has letters, "
+                    "digits, '.', '_' and '-', and begins with a letter or digit. Check the server's storage"
+                )
         if weights or ema:
             there = {unsharded_name(name) for name in names}
-            average = {EMA} if ema else there & {EMA}  # the weights include it if there is one
+            average = {EMA} if ema else there & {EMA}  # with the weights, if there is one
             wanted = average | ({WEIGHTS} if weights else set()) | (there & {FROZEN})
             for name in sorted(wanted - there):
                 raise CheckpointError(
-                    f"checkpoint {info.name!r} has no {name}"
+                    f"checkpoint {info.name!r} has no file {name}"
                     + ("; the run keeps no moving average: leave ema out" if name == EMA else "")
                 )
             names = {name for name in names if unsharded_name(name) in wanted}
@@ -80,7 +83,7 @@ class Download:
             raise
 
     def _check_folder(self) -> bool:
-        """Whether the folder holds this checkpoint. Raises CheckpointError if it holds another one."""
+        """Whether the folder has this checkpoint's manifest. Raises CheckpointError if it has another one."""
         path = self.folder / MANIFEST
         if not path.exists():
             return False
@@ -89,7 +92,7 @@ class Download:
             found = manifest["name"], manifest["digest"]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} is not a checkpoint's manifest ({error!r}); choose another folder"
+                f"{path} is not a checkpoint's manifest ({error!r}); choose another folder for the download"
             ) from error
         if found != (self._info.name, self._info.digest.hex()):
             raise CheckpointError(
@@ -99,23 +102,24 @@ class Download:
         return True
 
     def missing(self) -> list[PartialFile]:
-        """Read and hash the files that are already here; return the missing ones, the manifest last."""
+        """Verify the files that are already in the folder; return the missing files, the manifest last."""
         for file in self._files:
             file.open()
             if file.name_taken and not self._resuming:
                 raise CheckpointError(
-                    f"{self.folder / file.name} exists and is not this checkpoint's; choose another folder"
+                    f"{self.folder / file.name} exists and is not this checkpoint's file; choose another "
+                    "folder for the download"
                 )
         missing = [file for file in self._files if not file.complete]
         self._report()
         if missing or not (self.folder / MANIFEST).exists():
-            (self.folder / MANIFEST).unlink(missing_ok=True)  # until the files are complete
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # a folder with a manifest must be complete
             self._manifest.open()
             missing.append(self._manifest)
         return missing
 
     def finish(self) -> None:
-        """Make the files' names durable, and unlock the folder."""
+        """Unlock the folder, and make the names of its files durable on the disk."""
         self._unlock()
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
@@ -133,7 +137,10 @@ class Download:
 
 
 def _lock(folder: Path) -> int:
-    """Lock the folder against a second download; the descriptor holds the lock."""
+    """Lock the folder against another download; return the descriptor that holds the lock.
+
+    Raises CheckpointError if another download holds the lock.
+    """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if fcntl is not None:
@@ -148,7 +155,7 @@ def _lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Add the file's name, and what to do, to the error of a failed write."""
+    """Context manager that adds the file's path and a remedy to the OSError of a failed write."""
     try:
         yield
     except OSError as error:
@@ -157,7 +164,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class PartialFile:
-    """One file of a download."""
+    """One file of a checkpoint's download, which may be partly downloaded."""
 
     def __init__(
         self,
@@ -167,20 +174,24 @@ class PartialFile:
         expected: FileInfo | None,
         on_change: Callable[[], None],
     ) -> None:
-        """`expected` is None for the manifest: its size and hash come with its first chunk."""
+        """Prepare to download `folder`/`name`. Call `open` before anything else.
+
+        `expected` is the file's size and hash; None for the manifest, whose first chunk contains them.
+        `on_change` is called after each chunk.
+        """
         self._checkpoint, self.name, self._on_change = checkpoint, name, on_change
         self._path = folder / name
         self._expected = expected
         self._draft = folder / (f"{name}.{expected.sha256.hex()[:12]}.part" if expected else f"{name}.part")
         self._sha = hashlib.sha256()
         self.size = 0
-        """Bytes downloaded so far."""
+        """The number of bytes downloaded so far."""
         self.complete = False
-        """Downloaded, verified and renamed."""
+        """Whether the file was downloaded, verified and renamed."""
 
     @property
     def total(self) -> int:
-        """Bytes of the complete file."""
+        """The size of the complete file in bytes; 0 while it is not known."""
         return self._expected.size_bytes if self._expected else 0
 
     @property
@@ -189,7 +200,7 @@ class PartialFile:
         return not self.complete and self._path.exists()
 
     def open(self) -> None:
-        """Read and hash what an earlier attempt downloaded."""
+        """Read and hash the bytes that an earlier attempt downloaded, to resume after them."""
         self._read(self._path)
         if self._expected is not None and FileInfo(self.size, self._sha.digest()) == self._expected:
             self.complete = True
@@ -213,18 +224,18 @@ class PartialFile:
         return pb.DownloadCheckpointRequest(name=self._checkpoint, file=self.name, offset_bytes=self.size)
 
     def append(self, chunk: pb.DownloadCheckpointResponse) -> None:
-        """Append a chunk. Raises CheckpointError if it is damaged or is not the next one."""
+        """Append a chunk. Raises CheckpointError if the chunk is damaged or is not the next one."""
         if self._expected is None:
             self._expected = FileInfo(chunk.file.size_bytes, chunk.file.sha256)
         if FileInfo(chunk.file.size_bytes, chunk.file.sha256) != self._expected:
             raise CheckpointError(
                 f"{self.name} of checkpoint {self._checkpoint!r} changed on the server during the download; "
-                "download again"
+                "start the download again"
             )
         if chunk.offset_bytes != self.size or zlib.crc32(chunk.data) != chunk.crc32:
             raise CheckpointError(
                 f"{self.name}: the chunk at byte {chunk.offset_bytes} arrived damaged or out of order; "
-                "repeat the call to resume from there"
+                "repeat the download, which resumes from there"
             )
         with _naming(self._draft), self._draft.open("ab") as file:
             file.write(chunk.data)
@@ -239,7 +250,8 @@ class PartialFile:
             self._draft.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{self.name} of checkpoint {self._checkpoint!r} does not match its SHA-256; it was deleted "
-                "here. Download again; if that fails too, the server's copy is damaged"
+                "from the folder. Download again; if that fails too, the server's copy is damaged: use "
+                "another checkpoint"
             )
         with _naming(self._draft), self._draft.open("rb+") as file:
             os.fsync(file.fileno())

@@ -1,12 +1,12 @@
-"""Evaluations that need several calls: which rows go into which call, and how results add up.
+"""Evaluations that need several calls: how rows are divided among calls, and how results are combined.
 
-A row's result depends only on the row, its id, the seed and the draws, and each call answers with sums, so
-the result does not depend on how rows are batched. With a row's nats L and its number of maskable tokens n,
-over all rows:
+A row's result depends only on the row, its id, the seed and the draws, and each call returns sums, so the
+result does not depend on how rows are batched. With a row's nats L and its number of maskable tokens n, these
+are the results over all rows:
 
-    nats per token   r = sum L / sum n
-    standard error   sqrt(R/(R-1) sum (L - r n)^2) / sum n              R rows with n > 0
-    error of draws   sqrt(sum (L' - L'')^2) / (2 sum n)                 L', L'' from the halves of the draws
+    nats per token      r = sum L / sum n
+    standard error      sqrt(R/(R-1) sum (L - r n)^2) / sum n     for R rows with n > 0
+    Monte Carlo error   sqrt(sum (L' - L'')^2) / (2 sum n)        L', L'' from the two halves of the draws
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from maskwire.v1 import training_service_pb2 as pb
 
 EvaluationProgress = Callable[[int, int, float], None]
 
-_POSITIONS = 2**18  # computed per call: seconds on a CPU, so that progress is shown and Ctrl-C is quick
+_POSITIONS = 2**18  # computed per call: seconds on a CPU, so that progress is shown and Ctrl-C acts soon
 _MOST_ROWS = 4096
 
 
 class EvaluationPlan:
-    """The calls that evaluate all rows.
+    """The calls that evaluate all rows of a data set.
 
     Raises ValueError for options that do not match the rows.
     """
@@ -56,17 +56,17 @@ class EvaluationPlan:
         else:
             if rows is not None:
                 raise ValueError(
-                    "rows goes with a maskwire.data.TokenData; to evaluate fewer rows, slice them"
+                    "the argument rows needs a maskwire.data.TokenData: leave it out, and pass fewer rows"
                 )
             self._rows = data
             longest = max((len(row) for row in data), default=1)
         self.rows = len(self._rows)
-        """Number of rows."""
+        """The number of rows."""
         if not self.rows:
-            raise ValueError("there is nothing to evaluate: the data has no rows")
+            raise ValueError("there is nothing to evaluate: the data has no rows; pass at least one row")
         if options.get("segment_ids") is not None:
             raise ValueError(
-                "segment_ids is not an option of evaluate: give each document as a row, or use eval_loss"
+                "segment_ids is not an option of evaluate: pass each document as a row, or call eval_loss"
             )
         self._by_row = {name: options.pop(name, None) for name in ("row_ids", "lengths", "prompt_mask")}
         for name, values in self._by_row.items():
@@ -75,7 +75,7 @@ class EvaluationPlan:
         if self._by_row["row_ids"] is None:
             self._by_row["row_ids"] = range(self.rows)
         token_batch.to_array(self._by_row["row_ids"], "row_ids")
-        codec.eval_request([[0]], **options)  # invalid options are reported before the first call
+        codec.eval_request([[0]], **options)  # raises errors about invalid options before the first call
         self._options = options
         lengths = self._by_row["lengths"]
         self._batch_size = batch_size
@@ -84,27 +84,27 @@ class EvaluationPlan:
         self._evaluated = [row for row in range(self.rows) if row not in covered]
         ids = self._by_row["row_ids"]
         self.prompt_only_rows = [RowResult(int(ids[row]), 0.0, 0) for row in sorted(covered)]
-        """Rows that consist of prompts only, and have nothing to predict."""
+        """The results of rows that consist of a prompt only, and so have nothing to predict."""
 
     def _covered(self) -> set[int]:
         prompts, lengths = self._by_row["prompt_mask"], self._by_row["lengths"]
         if prompts is None:
             return set()
         ends = [len(row) for row in self._rows] if lengths is None else lengths
-        # Checked here: the error of a call would give the row's position in the call, not in the data.
+        # Checked here, because the error of a call would name the row's position in the call only.
         for row, end in enumerate(ends):
             mask = _host(prompts[row])
             if mask.dtype != np.bool_ or mask.ndim != 1 or mask.size < end:
                 raise ValueError(
-                    f"prompt_mask: row {row} must be bool [{end}], as long as its tokens, got {mask.dtype} "
-                    f"{list(mask.shape)}"
+                    f"prompt_mask: row {row} must have type bool and shape [{end}], one value per token, got "
+                    f"{mask.dtype} and {list(mask.shape)}"
                 )
         return {row for row in range(self.rows) if bool(np.all(_host(prompts[row])[: int(ends[row])]))}
 
     def calls(self, bounds: Bounds) -> Iterator[pb.EvalLossRequest]:
-        """Make the requests, in order, each with as many rows as keep it short and within the limits.
+        """Yield the requests, in the order of the rows. Each is short and within the server's limits.
 
-        Raises RequestError if a row's message is too long.
+        Raises RequestError if the message for a single row is too long.
         """
         size = self._batch_size or self._rows_a_call(bounds)
         most = bounds.rows(self._longest, bounds.evaluation_work(self._longest, self._options))
@@ -138,7 +138,7 @@ class EvaluationPlan:
 
 def _take(values: Any, chosen: list[int]) -> Any:
     taken = [values[row] for row in chosen]
-    # An array stays an array: a list would count as rows that differ in length.
+    # An array must stay an array, because a list would count as rows that differ in length.
     return taken if isinstance(values, Sequence) else np.stack([_host(value) for value in taken])
 
 
@@ -147,7 +147,7 @@ def _host(values: Any) -> Any:
 
 
 class EvaluationSum:
-    """The sum of several evaluations."""
+    """Combines the results of several evaluations into one result."""
 
     def __init__(self, prompt_only_rows: Sequence[RowResult] = ()) -> None:
         self._found: list[EvalResult] = []
@@ -157,18 +157,25 @@ class EvaluationSum:
         """Rows evaluated so far."""
 
     def add(self, found: EvalResult) -> None:
-        """Add the result of a call. Raises StepMovedError if it is of another step than the earlier ones."""
+        """Add the result of a call.
+
+        Raises StepMovedError if the result is of another step than the earlier results, and ValueError if
+        the draws, or the kind of weights (trained or averaged), differ.
+        """
         if self._found:
             first = self._found[0]
             if (found.step, found.digest) != (first.step, first.digest):
                 raise StepMovedError(
                     f"the run went from step {first.step} to step {found.step} during the evaluation: "
-                    "evaluate while no client is training, from the training loop (fit's `evaluate`), or "
-                    "with fewer rows"
+                    "evaluate while no client is training, in the training loop (the argument `evaluate` of "
+                    "fit), or with fewer rows"
                 )
             for name in ("draws", "ema_weights"):
                 if getattr(found, name) != getattr(first, name):
-                    raise ValueError(f"evaluations of different {name} do not add up")
+                    raise ValueError(
+                        f"evaluations with different {name} cannot be combined: evaluate all rows with the "
+                        "same options"
+                    )
         self._found.append(found)
         self.rows += len(found.rows)
         self._tokens += found.tokens
@@ -176,23 +183,24 @@ class EvaluationSum:
 
     @property
     def nats_per_token(self) -> float:
-        """Nats per token of the rows evaluated so far."""
+        """The nats per token of the rows evaluated so far; 0 if there are none."""
         return self._nats / max(1, self._tokens)
 
     def result(self, text_bytes: int | None = None) -> EvalResult:
-        """Return the evaluation of all rows, with bits per byte if given the `text_bytes` they encode.
+        """Return the combined evaluation of all rows.
 
-        Raises ValueError if nothing was added.
+        `text_bytes` is the number of bytes of text that the rows encode; without it there are no bits per
+        byte. Raises ValueError if no result was added.
         """
         if not self._found:
-            raise ValueError("there is nothing to evaluate: every row consists of prompts only")
+            raise ValueError("there is nothing to evaluate: no row has a token outside its prompt")
         first = self._found[0]
         rows = sorted(
             [*self._prompt_only_rows, *(row for found in self._found for row in found.rows)],
             key=lambda row: row.row_id,
         )
         tokens = sum(row.tokens for row in rows)
-        # Exactly rounded sums, so that the order of the calls does not matter.
+        # fsum rounds exactly, so the order of the calls does not matter.
         nats = math.fsum(row.nats for row in rows)
         per_token = nats / tokens
         fractions = tuple(
@@ -233,9 +241,10 @@ def combine(found: Sequence[EvalResult], text_bytes: int | None = None) -> EvalR
     """Combine evaluations of different rows into one. In `maskwire.protocol.evaluation_plan`.
 
     found: The results of `eval_loss` or `evaluate`, of the same step and with the same options.
-    text_bytes: Bytes of text that all rows encode; None: no bits per byte.
+    text_bytes: The bytes of text that all rows encode; None: the result has no bits per byte.
 
-    Raises StepMovedError if they are of different steps, ValueError if they do not add up.
+    Raises StepMovedError if the results are of different steps, and ValueError if there are none, or if their
+    draws or weights differ.
     """
     total = EvaluationSum()
     for one in found:
@@ -244,7 +253,7 @@ def combine(found: Sequence[EvalResult], text_bytes: int | None = None) -> EvalR
 
 
 def _count(share: float | None, of: int) -> int:
-    """The count that a share was computed from."""
+    """Return the count from which `share`, a share of the number `of`, was computed."""
     return 0 if share is None else round(share * of)
 
 
@@ -273,7 +282,7 @@ def _add_sums(parts: Sequence[LossSums]) -> LossSums:
 
 
 def _losses(sums: LossSums, shown: Losses) -> Losses:
-    """The ratios of the sums. A loss that no call reported stays absent."""
+    """Return the losses that the sums give. A loss that is None in `shown`, the first result, stays None."""
     generator = sums.generator_nats / sums.generator_weight if sums.generator_weight else 0.0
     if sums.critic_nats is None or not sums.critic_weight:
         return Losses(generator, generator, None)

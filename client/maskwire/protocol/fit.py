@@ -1,7 +1,8 @@
 """The training loop: steps, evaluations, checkpoints, progress, callbacks and loggers.
 
-It is a generator of actions, which the blocking and the asyncio client perform. Step targets are absolute and
-data is a function of the step, so repeating the call after any interruption resumes where the run is.
+The loop is a generator of actions, which the blocking and the asyncio client perform. `until_step` is
+absolute and the data is a function of the step, so a call that is repeated after an interruption resumes at
+the run's current step.
 """
 
 from __future__ import annotations
@@ -52,39 +53,43 @@ def fit(
     """Train until the run is at `until_step`, and return a FitResult.
 
     data: An object whose `batch(step)` returns the rows of a step, or a `maskwire.Batch` of rows with their
-        lengths and prompt mask. If it has a `tokenizer` or a `fingerprint()`, they are recorded with
+        lengths and prompt mask. If the object has a `tokenizer` or a `fingerprint()`, these are recorded with
         the run.
-    until_step: An absolute step. If the run is there already, nothing is trained.
+    until_step: The number of the last step to train, counted from the start of the run. If the run is there
+        already, nothing is trained.
     evaluate, eval_every: `evaluate(trainer)` is called every `eval_every` steps and returns an EvalResult.
         With `maskwire.aio` it may be a coroutine function.
     checkpoint_every: Number of steps between checkpoints, which are kept until they are deleted. The server
         deletes only old checkpoints of its own (`checkpoints.every_steps`).
-    save_best: The same as a `SaveBest()` among the callbacks.
-    metrics: The same as a `JsonLines(metrics)` among the callbacks: a file for one JSON line per step. If it
-        cannot be written, the result's `metrics_failure` has the reason.
+    save_best: True has the same effect as a `SaveBest()` among the callbacks.
+    metrics: A file for one JSON line per step: the same as a `JsonLines(metrics)` among the callbacks. If the
+        file cannot be written, the result's `metrics_failure` has the reason.
     callbacks: Objects with methods such as `on_evaluate` (`maskwire.callbacks`), and loggers
-        (`maskwire.loggers`), which write the run's history somewhere and fill in earlier steps that they
-        lack. A failure in one is reported in the result's `failures`, and training continues.
-    on_step: Called with the result of each step. `fit` raises its errors, except StopTraining.
-    progress: False for none, or an object of your own (`maskwire.loggers.progress.TrainingProgress`).
-    allow_changed_data: Train although the data differs from what the run was trained on, which otherwise
-        raises DataMismatchError.
+        (`maskwire.loggers`), which write the run's history somewhere and add earlier steps that their log
+        lacks. If one of them fails, the result's `failures` has the reason, and training continues.
+    on_step: A function that is called with the result of each step. `fit` raises the function's errors,
+        except StopTraining.
+    progress: True for a bar or lines, False for no output, or an object of your own
+        (`maskwire.loggers.progress.TrainingProgress`).
+    allow_changed_data: Train even if the data differs from what the run was trained on, instead of raising
+        DataMismatchError.
     learning_rate: The learning rate of each step, or a function of the step that returns it, instead of the
-        server's schedule. The function must depend on nothing but the step; None from it: the schedule's.
-    options: Passed to each step, such as `only_train_critic`.
+        server's schedule. The function must depend only on the step; if it returns None, the schedule
+        applies.
+    options: Options that are passed to each step, such as `only_train_critic`.
 
     Evaluations and checkpoints happen at multiples of their intervals. If an earlier call was stopped before
-    the evaluation or checkpoint of the run's current step, this call makes it first.
+    the evaluation or checkpoint of the run's current step, this call does that first.
 
     StopTraining from a callback, `evaluate`, `data.batch` or `learning_rate` ends training early: `fit` waits
     for the steps in flight, saves a checkpoint, and returns a result with `.stopped` set.
 
-    After Ctrl-C `fit` waits at most 10 s for the steps in flight, and returns a result with `.interrupted`
-    set. With `maskwire.aio` a cancelled task ends at once and leaves the steps in flight to `close`. The next
-    call resumes.
+    After Ctrl-C, `fit` waits at most 10 s for the steps in flight, and returns a result with `.interrupted`
+    set. With `maskwire.aio`, a cancelled task ends at once, and `close` waits for the steps in flight. The
+    next call resumes.
 
-    Raises TypeError or ValueError for arguments that are no such values, for an `until_step` below 0, an
-    interval below 1, and an `evaluate` without `eval_every` or the reverse.
+    Raises TypeError or ValueError for an invalid argument, such as an `until_step` below 0, an interval below
+    1, or `evaluate` without `eval_every` and the reverse.
     """
     check_data("fit", data)
     check_options("fit", options, FitOptions.__annotations__, also=_OWN)
@@ -94,7 +99,7 @@ def fit(
             check_whole(name, every, 1, cure=", or None for never")
     for name, flag in (("save_best", save_best), ("allow_changed_data", allow_changed_data)):
         check_flag(name, flag)
-    awaited = inspect.iscoroutinefunction(getattr(trainer, "submit", None))  # the asyncio client's
+    awaited = inspect.iscoroutinefunction(getattr(trainer, "submit", None))  # True for the asyncio client
     for name, function in (("on_step", on_step), ("evaluate", evaluate)):
         check_function(name, function, awaited=awaited)
     called = check_callbacks(callbacks, awaited=awaited)
@@ -147,7 +152,7 @@ def fit(
 
 
 def _begin(recording: Fitting[None] | None, loggers: Loggers, callbacks: Callbacks) -> Fitting[None]:
-    """Record the data, open the loggers and call `on_start`."""
+    """Record the data with the run, open the loggers and call the callbacks' `on_start`."""
     if recording is not None:
         yield from recording
     yield from loggers.open()
@@ -163,7 +168,7 @@ def _train(
     result: FitResult,
     progress: TrainingProgress,
 ) -> Fitting[None]:
-    """Train until `until_step`, StopTraining or Ctrl-C."""
+    """Run the loop until the run is at `until_step`, or until StopTraining or Ctrl-C ends it."""
     try:
         yield from first_actions
         yield from milestones.make_up()
@@ -193,11 +198,11 @@ def _end(loggers: Loggers, callbacks: Callbacks) -> Fitting[None]:
 
 
 _OWN = [name for name in inspect.signature(fit).parameters if name not in ("trainer", "data", "options")]
-"""The arguments of `fit` that are not passed to each step."""
+"""The names of `fit`'s own arguments, which are not passed to each step."""
 
 
 def _check_evaluation(evaluate: object, eval_every: int | None) -> None:
-    """Raise ValueError for one without the other: nothing would ever be evaluated."""
+    """Raise ValueError for `evaluate` without `eval_every` or the reverse: nothing would be evaluated."""
     if evaluate is not None and eval_every is None:
         raise ValueError("evaluate needs eval_every, the number of steps between evaluations, got None")
     if eval_every is not None and evaluate is None:
@@ -208,19 +213,22 @@ def _check_evaluation(evaluate: object, eval_every: int | None) -> None:
 
 
 def _with_save_best(callbacks: list[Any], save_best: bool, evaluated: bool) -> list[Any]:
-    """Add the callback that `save_best` stands for. Raises ValueError if a callback lacks evaluations."""
+    """Return the callbacks, with a SaveBest added if `save_best` is True and there is none.
+
+    Raises ValueError if a callback needs evaluations and `evaluated` is False.
+    """
     if save_best and not any(isinstance(one, SaveBest) for one in callbacks):
         callbacks = [*callbacks, SaveBest()]
     for one in callbacks:
         if isinstance(one, SaveBest | EarlyStopping) and not evaluated:
             name = "save_best" if save_best and isinstance(one, SaveBest) else type(one).__name__
             what = "what to save the best of" if isinstance(one, SaveBest) else "when to stop"
-            raise ValueError(f"{name} needs evaluate and eval_every, which say {what}")
+            raise ValueError(f"{name} needs evaluate and eval_every, which determine {what}; pass both")
     return callbacks
 
 
 def _check_paths(loggers: Sequence[Logger], files: Sequence[Path]) -> None:
-    """Raise ValueError for a log that is a file of the data, and for two logs in one place."""
+    """Raise ValueError if a logger would write to a file of the data, or to the same place as another one."""
     data = {path.resolve() for path in files}
     seen: set[Path] = set()
     for logger in loggers:
@@ -228,7 +236,7 @@ def _check_paths(loggers: Sequence[Logger], files: Sequence[Path]) -> None:
             continue
         path = logger.path.resolve()
         if path in data:
-            raise ValueError(f"{logger.label} is a file of the data; choose another file")
+            raise ValueError(f"{logger.label} is a file of the data; choose another file for the log")
         if path in seen:
-            raise ValueError(f"two loggers write to {logger.label}; choose another place for one")
+            raise ValueError(f"two loggers write to {logger.label}; choose another place for one of them")
         seen.add(path)

@@ -1,4 +1,4 @@
-"""What a training loop asks its driver to do."""
+"""The actions that a training loop, which is a generator, yields to the client that runs it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ResultOf:
-    """An action: wait for the result of a step in flight, for at most `timeout` seconds."""
+    """Action: wait for a step in flight, for at most `timeout` seconds. The outcome is the step's result."""
 
     future: Any
     timeout: float | None
 
 
-# A plain callable is called, and its result awaited if it is awaitable.
+# The driver calls a plain callable, and awaits its result if that is awaitable.
 Action = ResultOf | Work | Callable[[], Any]
 Fitting = Generator[Action, Any, T]

@@ -1,4 +1,4 @@
-"""Calls the callbacks of a training loop, so that the failure of one does not stop training."""
+"""Calls the callbacks of a training loop. Training continues if a callback fails."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from maskwire.results import CheckpointInfo, EvalResult, StepResult
 
 log = logging.getLogger(__name__)
 
-_NEAR = 0.8  # how similar a method's name must be to be taken for a mistyped one
+_NEAR = 0.8  # how similar a method's name must be to a hook's to count as mistyped
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A callback, and whether it is still called."""
+    """A callback, the name that messages give it, and whether it is still called."""
 
     callback: Any
     name: str
     required: bool
-    """Its errors end `fit`."""
+    """Whether an error of the callback ends `fit`."""
     failed: bool = False
     stopped: bool = False
-    """It raised StopTraining: its `on_step` is not called again."""
+    """Whether the callback raised StopTraining: its `on_step` is not called again."""
 
 
 class Callbacks:
-    """The callbacks of one call of `fit`, called in order."""
+    """The callbacks of one call of `fit`, which are called in their order."""
 
     def __init__(
         self,
@@ -55,36 +55,39 @@ class Callbacks:
         self._stop: StopTraining | None = None
         self._ended = False
         self.stopping = False
-        """`fit` is ending: another StopTraining is ignored."""
+        """Whether `fit` is ending: another StopTraining is ignored."""
 
     def start(self) -> Fitting[None]:
-        """Call `on_start`, before the first step."""
+        """Call `on_start` of every callback, before the first step."""
         yield from self._call_all("on_start", self._trainer)
         self.raise_stop()
 
     def step(self, answer: StepResult) -> Fitting[None]:
-        """Call `on_step`, after a step."""
+        """Call `on_step` of every callback, after a step."""
         for entry in self._entries:
             if not entry.stopped:
                 yield from self._call(entry, "on_step", answer)
         self.raise_stop()
 
     def evaluated(self, found: EvalResult) -> Fitting[None]:
-        """Call `on_evaluate`. The caller calls `raise_stop` once the evaluation is marked as finished."""
+        """Call `on_evaluate` of every callback, after an evaluation.
+
+        Does not raise StopTraining: the caller calls `raise_stop` once the evaluation is marked as finished.
+        """
         yield from self._call_all("on_evaluate", found)
 
     def saved(self, info: CheckpointInfo) -> Fitting[None]:
-        """Report a checkpoint and call `on_checkpoint`."""
+        """Report a saved checkpoint, and call `on_checkpoint` of every callback."""
         self._progress.say(f"step {self._result.step}: checkpoint {info.name}")
         yield from self._call_all("on_checkpoint", info)
 
     def end(self) -> Fitting[None]:
-        """Call `on_end`, when `fit` ends. All errors are only reported, so that the result is returned."""
+        """Call `on_end` of every callback. Errors are only reported, so that `fit` returns its result."""
         self.stopping = self._ended = True
         yield from self._call_all("on_end", self._result)
 
     def raise_stop(self) -> None:
-        """Raise the StopTraining of a callback, after the others were called."""
+        """Raise the StopTraining that a callback raised. Called once the other callbacks were called too."""
         stop, self._stop = self._stop, None
         if stop is not None and not self.stopping:
             self.stopping = True
@@ -95,14 +98,14 @@ class Callbacks:
             yield from self._call(entry, hook, argument)
 
     def _call(self, entry: _Entry, hook: str, argument: object) -> Fitting[None]:
-        """Call one method of a callback, if it has it and has not failed."""
+        """Call the method `hook` of a callback, unless it has no such method or has failed before."""
         method = getattr(entry.callback, hook, None)
         if method is None or entry.failed:
             return
         name = f"{entry.name}.{hook}" if entry.name else hook
         try:
             found = yield partial(call_back, name, method, argument)
-            if inspect.isgenerator(found):  # one of the library's own, written once for both clients
+            if inspect.isgenerator(found):  # a callback of this package, for both clients
                 found = yield from found
         except StopTraining as stop:
             entry.stopped = True
@@ -119,8 +122,8 @@ class Callbacks:
 
     def _report(self, name: str, error: Exception) -> None:
         words = (
-            f"{name} raised {type(error).__name__}: {error}; this callback is not called again, training "
-            "is not affected"
+            f"{name} raised {type(error).__name__}: {error}; this callback is not called again, and "
+            "training continues"
         )
         self._result.failures.append(words)
         warn(self._progress, words)
@@ -135,9 +138,9 @@ class _OnStep:
 
 
 def check_callbacks(callbacks: Iterable[Any], *, awaited: bool) -> list[Any]:
-    """Return the callbacks as a list. Raises TypeError for other objects, with what was probably meant.
+    """Return the callbacks as a list. Raises TypeError for other objects, naming what was probably meant.
 
-    `awaited`: their methods may be coroutine functions.
+    If `awaited` is True, the methods may be coroutine functions.
     """
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | bytes):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""What a training loop records about its data, and the error for data that has changed."""
+"""Records the data of a training loop with the run, and explains the error for data that has changed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from maskwire.protocol.data_tokenizer import keep_tokenizer
 from maskwire.protocol.effects import Work
 from maskwire.protocol.fit_actions import Fitting
 
-_FILES_SHOWN = 3  # in an error
+_FILES_SHOWN = 3  # in an error message
 
 
 def record_data(trainer: Any, data: Any, allow_changed: bool) -> Fitting[None]:
-    """Record the data's tokenizer and fingerprint with the run."""
+    """Record the data's tokenizer and fingerprint with the run.
+
+    Raises DataMismatchError if the run was trained on other data, unless `allow_changed` is True.
+    """
     if getattr(data, "tokenizer", ""):
         yield partial(trainer.use_tokenizer, data.tokenizer)
         yield from keep_tokenizer(trainer, data)
@@ -29,7 +32,7 @@ def record_data(trainer: Any, data: Any, allow_changed: bool) -> Fitting[None]:
 
 
 def files_of(data: Any) -> list[Path]:
-    """The files that the data comes from, if it names them."""
+    """Return the files that the data was read from; empty if the data has no attribute `files`."""
     files: list[Path] = getattr(data, "files", [])
     return files
 
@@ -37,9 +40,9 @@ def files_of(data: Any) -> list[Path]:
 def _with_cause(
     error: DataMismatchError, recorded: dict[str, str], given: dict[str, str], files: list[Path]
 ) -> DataMismatchError:
-    """Add the probable cause to the error: another split, or else the files that were written last.
+    """Return the error with its probable cause: another split of the data, or the files written last.
 
-    The run records a hash of the data, no file names.
+    The run records a hash of the data but no file names, so the files that changed are not known.
     """
     changed = error.metadata.get("changed", "").split(",")
     if "held_out" in changed:
@@ -62,8 +65,8 @@ def _with_cause(
         f"{path} ({datetime.fromtimestamp(times[path], UTC):%Y-%m-%d %H:%M:%S} UTC)" for path in newest
     )
     return type(error)(
-        f"{error}. The data now consists of {len(files)} files; written last: {shown}. If one of them is not "
-        "data, move it away or exclude it with a pattern (--pattern)",
+        f"{error}. The data now consists of {len(files)} files, of which these were written last: {shown}. "
+        "If one of them is not data, move it away, or exclude it with a pattern (--pattern)",
         reason=error.reason,
         metadata=error.metadata,
     )

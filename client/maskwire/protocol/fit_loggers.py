@@ -1,4 +1,4 @@
-"""The loggers of a training loop: opened and filled in before the first step, closed at the end."""
+"""Opens the loggers of a training loop, adds the steps that their logs lack, and closes them at the end."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from maskwire.protocol.effects import Work
 from maskwire.protocol.fit_actions import Fitting
 from maskwire.protocol.fit_result import FitResult
 
-_ABANDON_SECONDS = 1.0  # for all loggers, when `fit` is cancelled
+_ABANDON_SECONDS = 1.0  # the most time for all loggers together when `fit` is cancelled
 
 
 class Loggers:
-    """Sends each record to all loggers, and reports the failure of each logger once."""
+    """Sends each record to all loggers of a training loop, and reports each logger's failure once."""
 
     def __init__(
         self,
@@ -28,14 +28,17 @@ class Loggers:
         loggers: Sequence[Logger],
         metrics: Logger | None,
     ) -> None:
-        """`metrics` is the one among them whose failure is also the result's `metrics_failure`."""
+        """`metrics` is the logger, if any, whose failure is also stored in the result's `metrics_failure`."""
         self._trainer, self._result, self._progress = trainer, result, progress
         self._loggers, self._metrics = loggers, metrics
         self._threads: list[LogThread] = []
         self._reported: set[LogThread] = set()
 
     def open(self) -> Fitting[None]:
-        """Open the logs and fill in what they lack. Raises what the caller can mend first."""
+        """Open the logs, and add the steps of the run that they lack.
+
+        Raises the errors that the caller of `fit` can mend before training, such as a missing folder.
+        """
         trainer = self._trainer
         here = Place(trainer.run_id, trainer.lineage, trainer.step)
         self._threads = [LogThread(logger, here) for logger in self._loggers]
@@ -52,20 +55,26 @@ class Loggers:
         self._report()
 
     def flush(self) -> Fitting[None]:
-        """Wait a bounded time until all records are written, before the evaluation is marked as finished."""
+        """Wait a bounded time until all records are written.
+
+        Called before an evaluation is marked as finished, so that its record is not lost.
+        """
         for thread in self._threads:
             yield Work(thread.flush)
         self._report()
 
     def close(self) -> Fitting[None]:
-        """Write what is queued, for a bounded time, and report what is missing."""
+        """Write the queued records, for a bounded time; close the logs; report which logs lack records."""
         threads, self._threads = self._threads, []
         for thread in threads:
             yield Work(thread.close)
         self._report(threads)
 
     def abandon(self) -> None:
-        """As `close`, without actions and for at most a second; the next call fills in what is missing."""
+        """Close the logs as `close` does, but without actions, and within a second in total.
+
+        The next call of `fit` adds the records that are missing.
+        """
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.close(_ABANDON_SECONDS / len(threads))

@@ -1,4 +1,4 @@
-"""The evaluations and checkpoints of a training loop."""
+"""Runs the evaluations and saves the checkpoints of a training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from maskwire.results import EvalResult
 
 
 class Milestones:
-    """Evaluations and checkpoints, at multiples of their intervals, when no step is in flight."""
+    """Runs evaluations and saves checkpoints at multiples of their intervals.
+
+    Does so only when no step is in flight.
+    """
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class Milestones:
         self._evaluate, self._eval_every, self._checkpoint_every = evaluate, eval_every, checkpoint_every
 
     def next_step(self, until_step: int) -> int:
-        """Return the next step at which something is due, at most `until_step`."""
+        """Return the next step at which an evaluation or a checkpoint is due, but at most `until_step`."""
         intervals = [every for every in (self._eval_every, self._checkpoint_every) if every]
         return min([until_step, *((self._result.step // every + 1) * every for every in intervals)])
 
@@ -51,7 +54,7 @@ class Milestones:
         self._callbacks.raise_stop()
 
     def reach(self) -> Fitting[None]:
-        """Run the evaluation and the checkpoint that are due at the current step."""
+        """Run the evaluation and save the checkpoint that are due at the current step."""
         if self._due(self._eval_every):
             yield from self._run_evaluation()
         if self._due(self._checkpoint_every):
@@ -59,9 +62,9 @@ class Milestones:
         self._callbacks.raise_stop()
 
     def save_last(self) -> Fitting[None]:
-        """Save the step at which StopTraining ended the loop. A failure is only reported."""
+        """Save a checkpoint of the step at which StopTraining ended the loop. A failure is only reported."""
         if not self._result.step:
-            return  # a run keeps its state of step 0
+            return  # the server always keeps a run's state of step 0
         try:
             yield from self._save_unless_saved()
         except MaskwireError as error:
@@ -87,15 +90,15 @@ class Milestones:
         found = yield partial(call_back, "evaluate", self._evaluate, self._trainer)
         if not hasattr(found, "bits_per_token"):
             raise TypeError(
-                f"evaluate must return an EvalResult, got {type(found).__name__}: end it with "
-                "`return trainer.evaluate(data)`, and log other numbers there"
+                f"evaluate must return an EvalResult, got {type(found).__name__}: end the function with "
+                "`return trainer.evaluate(data)`, and log other numbers inside it"
             )
         self._result.evaluations.append(found)
         self._show(found)
         self._loggers.write(evaluation_record(self._trainer.run_id, self._trainer.lineage, found))
         yield from self._callbacks.evaluated(found)
         yield from self._loggers.flush()
-        yield self._trainer.mark_evaluated  # last: the next call repeats what was not finished
+        yield self._trainer.mark_evaluated  # last, so that the next call repeats an unfinished evaluation
 
     def _show(self, found: EvalResult) -> None:
         error = f" ± {found.standard_error / math.log(2):.3f}" if found.standard_error is not None else ""
@@ -103,7 +106,7 @@ class Milestones:
 
 
 def _not_evaluated(trainer: Any) -> Fitting[bool]:
-    """Whether the current step was trained on this lineage and not evaluated yet."""
+    """Whether the run's current step was trained in its current lineage and was not evaluated yet."""
     step = trainer.step
     if not step or trainer.evaluated == (trainer.lineage, step):
         return False

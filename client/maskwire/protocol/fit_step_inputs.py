@@ -1,4 +1,4 @@
-"""What a training loop sends for each step, as a function of the step."""
+"""Gets the rows and options that a training loop sends for a step, as a function of the step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LearningRate = float | Callable[[int], float | None] | None
 
 
 class Data(Protocol):
-    """What `fit` needs of data: any object with this method.
+    """The data that `fit` accepts: any object with the method `batch`.
 
-    If it also has `tokenizer`, `tokenizer_description`, `fingerprint()` or `files`, they are used as those of
-    a TokenData are.
+    If the object also has `tokenizer`, `tokenizer_description`, `fingerprint()` or `files`, `fit` uses these
+    as it uses those of a TokenData.
     """
 
     def batch(self, step: int) -> Any:
-        """Return the rows of a step, or a `maskwire.Batch`. Must depend on nothing but the step.
+        """Return the rows of a step, or a `maskwire.Batch`. The result must depend only on the step.
 
         step: The step's number, from 1.
         """
@@ -34,16 +34,16 @@ class Data(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StepInput:
-    """One step's rows and options."""
+    """The rows and options that are sent for one step."""
 
     rows: Any
     options: dict[str, Any]
     tokens: int
-    """Tokens sent, prompts included and padding excluded."""
+    """The number of tokens sent, including prompts but not padding."""
 
 
 class StepInputs:
-    """Asks the data for its batch, and `learning_rate` for its value, at each step."""
+    """Gets each step's batch from the data, and each step's learning rate from `learning_rate`."""
 
     def __init__(self, data: Data, options: FitOptions, learning_rate: LearningRate) -> None:
         self._data, self._options, self._learning_rate = data, options, learning_rate
@@ -70,19 +70,22 @@ class StepInputs:
         return StepInput(rows, options, tokens)
 
     def _described(self, batch: Batch, where: str) -> dict[str, Any]:
-        """What a batch says about its rows."""
+        """Return a batch's lengths, prompt mask and segment ids, as far as it has them.
+
+        Raises ValueError if `fit` was given one of them too.
+        """
         names = ("lengths", "prompt_mask", "segment_ids")
         found = {name: value for name in names if (value := getattr(batch, name)) is not None}
         for name in found:
             if self._options.get(name) is not None:
                 raise ValueError(
                     f"{name} was given twice: in the Batch that {where} returned, and to fit for every step; "
-                    "leave it out of one of the two"
+                    "leave it out of one of these"
                 )
         return found
 
     def _rate(self, step: int) -> float | None:
-        """The learning rate of a step; None for the schedule's."""
+        """Return the learning rate of a step; None if the server's schedule applies."""
         if not callable(self._learning_rate):
             return self._learning_rate
         found = call_back("learning_rate", self._learning_rate, step)
@@ -91,7 +94,7 @@ class StepInputs:
 
 
 def _check_rate(name: str, rate: Any) -> None:
-    """Raise TypeError or ValueError unless a learning rate is None or a number that weights can hold."""
+    """Raise TypeError or ValueError unless a learning rate is None or a valid 32-bit number, at least 0."""
     if rate is None:
         return
     check_real(name, rate, ", or None for the server's schedule")
@@ -102,7 +105,7 @@ def _check_rate(name: str, rate: Any) -> None:
 
 
 def _count(rows: Any, lengths: Any, where: str) -> int:
-    """The number of tokens in rows, padding excluded."""
+    """Return the number of tokens in rows, without padding. Raises TypeError for ids that are in no row."""
     try:
         whole = sum(len(row) for row in rows)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""The steps that a training loop has in flight."""
+"""The steps that a training loop has sent and whose results it has not yet received."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from maskwire.protocol.fit_loggers import Loggers
 from maskwire.protocol.fit_result import FitResult
 from maskwire.protocol.fit_step_inputs import StepInputs
 
-LEAVE_SECONDS = 10.0  # for the steps in flight after Ctrl-C
+LEAVE_SECONDS = 10.0  # how long to wait after Ctrl-C for the steps in flight
 
 
 class FitWindow:
-    """Submits a step's batch while earlier steps are in flight, and takes their results in order."""
+    """Submits steps while earlier steps are in flight, and receives the results in the order of the steps."""
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class FitWindow:
         self._in_flight: deque[tuple[int, Any]] = deque()
 
     def train(self, until_step: int) -> Fitting[None]:
-        """Train up to and including a step, with as many steps in flight as the trainer allows."""
+        """Train up to and including `until_step`, with as many steps in flight as the trainer allows."""
         for step in range(self._result.step + 1, until_step + 1):
             given = self._inputs.of_step(step)
             try:
                 future = yield partial(self._trainer.submit, given.rows, step=step, **given.options)
             except ConflictError:
-                while self._in_flight:  # the future of the refused step raises the cause
+                while self._in_flight:  # the future of the step that was refused first raises the cause
                     yield from self._take()
                 raise
             self._in_flight.append((given.tokens, future))
@@ -52,12 +52,15 @@ class FitWindow:
             yield from self._take()
 
     def finish(self) -> Fitting[None]:
-        """Take the steps in flight, after StopTraining, without `on_step` of the callback that raised it."""
+        """Wait for all steps in flight, and record their results. Called after StopTraining.
+
+        The callback that raised StopTraining no longer receives these steps in `on_step`.
+        """
         while self._in_flight:
             yield from self._take()
 
     def leave(self) -> Fitting[int]:
-        """Wait at most LEAVE_SECONDS for the steps in flight; return how many remain."""
+        """Wait at most LEAVE_SECONDS for the steps in flight; return how many are still in flight."""
         deadline = time.monotonic() + LEAVE_SECONDS
         try:
             while self._in_flight:
@@ -67,12 +70,12 @@ class FitWindow:
         return len(self._in_flight)
 
     def forget(self) -> None:
-        """Mark the errors of abandoned steps as seen, so that asyncio does not report them."""
+        """Mark the errors of abandoned steps as retrieved, so that asyncio does not report them."""
         for _, future in self._in_flight:
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def _take(self, timeout: float | None = None) -> Fitting[None]:
-        """Wait for the first step in flight and record its result."""
+        """Wait for the first step in flight, record its result and call the callbacks."""
         tokens, future = self._in_flight[0]
         answer = yield ResultOf(future, timeout)
         self._in_flight.popleft()

@@ -1,7 +1,7 @@
-"""Generations that need several calls: which rows go into which call, and how results are merged.
+"""Generations that need several calls: how rows are divided among calls, and how results are merged.
 
-A row's sample depends on its seed, its prompt and the width at which it is computed, so each call names the
-seeds of its rows and the width of all rows. All calls must sample from the same weights.
+A row's sample depends on its seed, its prompt and the width at which it is computed. Each call therefore
+states the seeds of its rows, and the width that all rows need. All calls must sample from the same weights.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Row = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GenerationCall:
-    """One call: its request, and the indices of its rows."""
+    """One call of a generation: its request, and the indices of its rows among all rows."""
 
     request: pb.GenerateRequest
     rows: list[int]
 
 
 class GenerationPlan:
-    """The calls that sample all rows of a request."""
+    """Divides a request for rows into calls that the server's limits allow."""
 
     def __init__(self, request: pb.GenerateRequest, bounds: Bounds) -> None:
         self._request, self._bounds = request, bounds
@@ -60,7 +60,7 @@ class GenerationPlan:
         ]
 
     def _given_of(self, index: int) -> npt.NDArray[np.bool_]:
-        """Which positions of a row need no sampling: the given ones and the padding."""
+        """Return a bool per position of a row, True if it needs no sampling: a given token or padding."""
         batch, row = self._request.prompts, self.rows[index]
         known: npt.NDArray[np.bool_] = row != self._bounds.model.mask_id
         if batch.prompt_mask:
@@ -73,10 +73,10 @@ class GenerationPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether one call is enough, or the request is invalid anyway."""
+        """Whether one call is enough; also True for an invalid request, which the server refuses."""
         everything = list(range(len(self.rows)))
         if not any(self.unknown) or self._columns > self._bounds.model.max_seq_len:
-            return True  # the server rejects it with the reason
+            return True  # the server refuses the request, and its error gives the reason
         return self._within(everything) and self._bounds.takes(self._request)
 
     def _within(self, rows: list[int]) -> bool:
@@ -85,19 +85,20 @@ class GenerationPlan:
         return tokens <= (limits.max_batch_tokens or tokens) and work <= (limits.max_read_tokens or work)
 
     def parts(self) -> list[GenerationCall]:
-        """Return the calls. A row that exceeds the limits by itself comes first, to be refused at once.
+        """Return the calls. A row that alone exceeds the limits comes first, so that it is refused at once.
 
-        Raises ValueError if the seeds do not match the rows, RequestError if a row's message is too long.
+        Raises ValueError if the seeds do not match the rows, and RequestError if the message for a single row
+        is too long.
         """
         count, seeds, seed = len(self.rows), len(self._request.row_seeds), self._request.seed
         if seeds not in (0, count):
             raise ValueError(
-                f"row_seeds must have one seed per row ({count} rows), or be left out, got {seeds}"
+                f"row_seeds must have one seed per row ({count} rows), or be left out, got {seeds} seeds"
             )
         if not seeds and seed > 2**63 - count:
             raise ValueError(
-                f"seed must be at most {2**63 - count}, so that the seeds of {count} rows are below 2^63, "
-                f"got {seed}"
+                f"seed must be at most {2**63 - count}, so that the seeds of all {count} rows are below "
+                f"2^63, got {seed}"
             )
         groups: list[list[int]] = []
         for row in range(count):
@@ -145,7 +146,7 @@ class GenerationPlan:
 
 
 def rows_of(request: pb.GenerateRequest) -> int:
-    """Return how many rows a request samples."""
+    """Return the number of rows that a request samples."""
     if not request.HasField("prompts"):
         return request.count
     rows = request.prompts.shape[0]
@@ -153,7 +154,7 @@ def rows_of(request: pb.GenerateRequest) -> int:
 
 
 class GeneratedRows:
-    """All rows, with the results that have arrived."""
+    """Collects the results of a generation's calls into one result of all rows."""
 
     def __init__(self, plan: GenerationPlan) -> None:
         self._rows = list(plan.rows)
@@ -162,15 +163,15 @@ class GeneratedRows:
         self._first: GenerateResult | None = None
 
     def take(self, part: GenerationCall, found: GenerateResult) -> GenerateResult:
-        """Merge the result of a call into the rows of all calls.
+        """Merge the result of one call into the rows of all calls, and return the merged result.
 
         Raises StepMovedError if the call sampled from other weights than the calls before it.
         """
         first = self._first or found
         if (found.step, found.digest) != (first.step, first.digest):
             raise StepMovedError(
-                f"the run went from step {first.step} to step {found.step} during a generation that takes "
-                "several calls: generate while no client is training, or with fewer rows (one call is "
+                f"the run went from step {first.step} to step {found.step} between the calls of this "
+                "generation: generate while no client is training, or request fewer rows (one call is "
                 "limited by serve.max_batch_tokens, serve.max_read_tokens and serve.max_message_bytes)"
             )
         self._first = first

@@ -1,4 +1,4 @@
-"""Keyword arguments of the calls, typed."""
+"""Types of the keyword arguments of the client's calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict
 
 
 class BatchOptions(TypedDict, total=False):
-    """What is known about the rows of a batch."""
+    """Options that describe the rows of a batch: padding, prompts and segments."""
 
     lengths: Any
     """Integers [rows]: tokens after a row's length are padding."""
@@ -18,23 +18,23 @@ class BatchOptions(TypedDict, total=False):
 
 
 class FitOptions(BatchOptions, total=False):
-    """Options that `fit` passes to each step."""
+    """Options that `fit` accepts and passes to each step."""
 
     only_train_generator: bool
     """Compute and train the generator alone."""
     only_train_critic: bool
     """Train the critic alone."""
     generator_sample_temperature: float | None
-    """Temperature of the critic's input, 0 for the most probable token; None: drawn from [0, 1) for each
-    step.
+    """Temperature at which the critic's input is sampled, 0 for the most probable token; None: drawn from
+    [0, 1) for each step.
     """
 
 
 class StepOptions(FitOptions, total=False):
-    """Options of a training step."""
+    """Options of a training step, as in `Trainer.train_step`."""
 
     batches: Sequence[Any]
-    """Instead of `tokens`: batches whose rows, in this order, are the batch of one step. Each is a
+    """Batches that replace `tokens`: their rows, in this order, are the batch of one step. Each is a
     `maskwire.Batch` or rows of token ids.
     """
     learning_rate: float | None
@@ -42,7 +42,7 @@ class StepOptions(FitOptions, total=False):
 
 
 class EvalOptions(TypedDict, total=False):
-    """Options of an evaluation."""
+    """Options of an evaluation, as in `Client.eval_loss` and `Client.evaluate`."""
 
     lengths: Any
     """Integers [rows]: tokens after a row's length are padding."""
@@ -53,15 +53,17 @@ class EvalOptions(TypedDict, total=False):
     row_ids: Sequence[int]
     """Seeds of the rows' draws: the same id, seed and draws give the same result in any batch."""
     draws: int
-    """Draws per row; 0: 16, or the server's maximum if lower. With the chain rule: orders per row; 0: 1."""
+    """Draws per row; 0: 16, or the server's maximum if that is lower. With the chain rule: orders per row;
+    0: one order.
+    """
     seed: int
     """Seed of the draws."""
     only_train_generator: bool
-    """Compute the losses that training with this flag would give."""
+    """Compute the losses that training with `only_train_generator` would give."""
     only_train_critic: bool
-    """Compute the losses that training with this flag would give."""
+    """Compute the losses that training with `only_train_critic` would give."""
     generator_sample_temperature: float | None
-    """As in training; None: drawn from the evaluation's seed."""
+    """Temperature of the critic's input, as in training; None: drawn from the evaluation's seed."""
     raw_weights: bool
     """Evaluate the trained weights even if the run keeps a moving average."""
     text_bytes: int | None
@@ -71,16 +73,16 @@ class EvalOptions(TypedDict, total=False):
     token.
     """
     chain_order: Literal["left_to_right", "random"]
-    """Order of the chain rule; random: each draw has an order of its own."""
+    """Order of the positions in the chain rule; random: another order for each draw."""
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Options of a generation."""
+    """Options of a generation, as in `Client.generate`."""
 
     lengths: Any
     """Integers [rows]: tokens after a prompt's length are padding."""
     prompt_mask: Any
-    """bool [rows, columns]: True where the prompt's token is given; None: wherever it is not the mask id."""
+    """bool [rows, columns]: True where the prompt's token is given; None: all but the mask id are given."""
     count: int | None
     """Rows to sample, 1 by default; with prompts: only the first `count` of them, by default all."""
     length: int
@@ -109,22 +111,22 @@ class GenerateOptions(TypedDict, total=False):
     choice_temperature: float | None
     """Temperature of the noise on the order; None: the preset's."""
     remasking: bool
-    """Mask the lowest-ranked revealed positions again; with order confidence or critic."""
+    """Mask the lowest-ranked revealed positions again. Needs the order confidence or critic."""
     self_cond_mode: str
     """two_pass (the model that `eval_loss` evaluates) or carry."""
     raw_weights: bool
     """Sample from the trained weights even if the run keeps a moving average."""
     row_seeds: Sequence[int]
-    """One seed per row: a row depends on its own seed, not on its neighbours."""
+    """One seed per row, so that a row's sample does not depend on the other rows."""
     seed: int
-    """Seed of the first row if there are no row_seeds; each further row has the next number."""
+    """Seed of the first row if `row_seeds` is not given; each further row has the next number."""
 
 
 class ListOptions(TypedDict, total=False):
-    """Range of recorded steps."""
+    """Options that select a range of recorded steps, as in `Client.list_steps`."""
 
     run_id: str
-    """Raise WrongRunError unless this is the run; empty: any run."""
+    """The run's id: WrongRunError is raised if the server has another run; empty: any run."""
     lineage: int
     """The lineage; 0: the newest. A lineage's steps come after the step that it started from."""
     first_step: int

@@ -1,4 +1,4 @@
-"""A step between its submission and its acknowledgement."""
+"""A training step that was submitted and is not yet acknowledged."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from maskwire.v1.digest import DigestVersion
 
 
 class PendingStep:
-    """One step: its request and its progress.
+    """A submitted training step: its request, and how far it got.
 
-    A step that was sent may have been applied, so it is repeated with the same request id until its answer is
-    known, even if its caller was interrupted.
+    The server may have applied any step that was sent. The client therefore sends such a step again, with the
+    same request id, until it has the answer, even if the caller was interrupted.
     """
 
     def __init__(self, request: pb.TrainStepRequest, step: int | None) -> None:
         self.request = request
         self.required_number = step
-        """The number that the step must have; None: the one that follows from its position in the submission
-        order.
+        """The number that the step must have; None: the number that its position in the submission order
+        gives.
         """
         self.started = False
-        """It may have been sent."""
+        """Whether the step may have been sent."""
         self.sent_number = 0
-        """The number under which an attempt is in flight, or may be after an interrupt; 0: there is none."""
+        """The step number of the attempt that is, or after an interrupt may be, in flight; 0 if none is."""
         self.sent_epoch = 0
-        """The session's epoch when that attempt was sent."""
+        """The session's epoch when the attempt in flight was sent."""
         self.acknowledged_when_sent = 0
         """The last acknowledged step when the latest attempt was sent."""
         self.answer: pb.TrainStepResponse | None = None
@@ -36,12 +36,12 @@ class PendingStep:
         self.digest_version = DigestVersion(1)
         """How to hash the payload; set when the step gets its position in the submission order."""
         self.span: StepSpan | None = None
-        """Its trace; None: steps are not traced."""
+        """The span that traces the step; None if steps are not traced."""
         self._hash: bytes | None = None
         self._hashing = threading.Lock()
 
     def payload_hash(self) -> bytes:
-        """Return the payload's hash. The first caller computes it, on any thread; others wait for it."""
+        """Return the payload's hash. The first caller computes it, on any thread; other callers wait."""
         with self._hashing:
             if self._hash is None:
                 self._hash = codec.hash_of(self.request, self.digest_version)

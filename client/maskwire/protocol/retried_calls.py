@@ -1,4 +1,4 @@
-"""Calls that are retried until there is an answer, or an error that a retry cannot fix."""
+"""Calls that are retried until the server answers, or until an error that a retry cannot fix."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from maskwire.protocol.retry import RetryPolicy, given_up, without_advice
 
 
 class OrderedCall(Protocol):
-    """A call with a position in an order, which decides when each attempt may be sent."""
+    """A call that belongs to a sequence of calls, which determines when each attempt may be sent."""
 
     def before_attempt(self, began: float) -> Operation[None]:
-        """Wait until the call may be sent. `began`: when the call was first tried."""
+        """Wait until the call may be sent. `began` is the time at which the call was first tried."""
 
     def after_attempt(self) -> None:
-        """The attempt has ended, with or without an answer."""
+        """Record that the attempt has ended, with or without an answer."""
 
     def can_resend_now(self, error: MaskwireError) -> Operation[bool]:
-        """Whether to send the refused call again without waiting."""
+        """Whether to send the call, which was refused with `error`, again at once."""
 
     def compute_hash(self) -> object:
-        """Compute the hash of the payload, while the request is in flight."""
+        """Compute the hash of the payload. Called while the request is in flight."""
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """Metadata of this call, in addition to the metadata of every call."""
+        """The gRPC metadata of this call alone, in addition to the metadata of every call."""
 
 
 def new_id() -> str:
-    """A request id or nonce."""
+    """Return a new random id for a request or a session: 32 hexadecimal digits."""
     return secrets.token_hex(16)
 
 
 class RetriedCalls:
-    """Makes calls to one server, and reports what it waits for."""
+    """Makes calls to one server, retries them, and reports to `on_wait` what the client waits for."""
 
     def __init__(
         self, target: str, policy: RetryPolicy, on_wait: Callable[[str], None], clock: Callable[[], float]
@@ -52,7 +52,7 @@ class RetriedCalls:
         self._clock = clock
         self._reached = False  # the server has answered this client at least once
         self.seconds_waited = 0.0
-        """Seconds of all reported waits that have ended; calls that wait at the same time count once."""
+        """The seconds of all reported waits that have ended. Time in which several calls wait counts once."""
         self._wait_ended = -math.inf
 
     def _count_wait(self, began: float) -> None:
@@ -61,7 +61,7 @@ class RetriedCalls:
         self._wait_ended = now
 
     def _unreachable(self) -> None:
-        """Called after an attempt that got no answer: the server may have been restarted."""
+        """Hook for a subclass, called after an attempt without an answer: the server may have restarted."""
 
     def _ask(
         self,
@@ -74,11 +74,11 @@ class RetriedCalls:
         began: float | None = None,
         stream: bool = False,
     ) -> Operation[Any]:
-        """Call a method until there is an answer, or an error that a retry cannot fix.
+        """Call a method until the server answers or a retry cannot fix the error, and return the answer.
 
-        With `stream` the outcome is a `Stream` and its first message. `order` decides when each attempt of a
-        call in an order may be sent. `progress` says how much of a download has arrived: an attempt that
-        makes progress restarts the time limit for retries. `began` is when the operation that includes this
+        With `stream`, returns a `Stream` and its first message. `order` determines when each attempt may be
+        sent. `progress` returns how many bytes of a download have arrived: an attempt that makes progress
+        restarts the time limit for retries. `began` is the time at which the operation that includes this
         call began.
         """
         began, attempt, reported = self._clock() if began is None else began, 0, ""

@@ -1,4 +1,4 @@
-"""Retries: which failed attempts are repeated, after how long, and what is raised in the end."""
+"""Rules for retries: which failed attempts are repeated, after how long, and which error ends them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskwire.arguments import check_real
 from maskwire.errors import Failure, MaskwireError, UnavailableError
 
 _MAX_SECONDS = 1e7  # gRPC accepts no infinite deadline
-# The server restarts these from the beginning when a call is cut off, so their deadline is generous.
+# The server restarts these calls from the beginning when a deadline ends one, so their deadline is long.
 _LONG_CALLS = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}
 _SHORT_CALLS = {"GetStatus", "ListCheckpoints", "ListSteps"}
 _RETRY_ADVICE = re.compile(r"; retry(?: with the same request id)?$")
@@ -19,10 +19,10 @@ _RETRY_ADVICE = re.compile(r"; retry(?: with the same request id)?$")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long and how often a call is retried."""
+    """How long to retry a call, the deadline of each attempt, and the waits between attempts."""
 
     retry_for: float = 300.0
-    """Seconds for which calls to a server that does not answer are retried."""
+    """Seconds for which a call to a server that does not answer is retried."""
     attempt_timeout: float = 60.0
     """Deadline of one attempt, in seconds."""
     first_wait: float = 0.05
@@ -38,7 +38,7 @@ class RetryPolicy:
                 )
 
     def timeout(self, method: str) -> float:
-        """The deadline of one attempt of a method, in seconds."""
+        """Return the deadline of one attempt to call a method of the service, in seconds."""
         if method == "Generate":  # may take thousands of passes; keepalive detects a dead server
             return _MAX_SECONDS
         if method in _LONG_CALLS:
@@ -50,10 +50,13 @@ class RetryPolicy:
     def wait(
         self, failure: Failure, attempt: int, elapsed: float, jitter: Callable[[], float] = random.random
     ) -> float | None:
-        """Seconds to wait after attempt number `attempt`, counted from 0; None: give up.
+        """Return the seconds to wait before the next attempt; None if the call is given up.
 
-        The wait grows exponentially up to `longest_wait`. A random factor in [0.5, 1) spreads the retries of
-        many clients of a server that has just come back.
+        attempt: The number of the attempt that failed, from 0.
+        elapsed: The seconds since the call began.
+
+        The wait grows exponentially up to `longest_wait`. A random factor in [0.5, 1) keeps many clients from
+        retrying at the same moment when the server is back.
         """
         if not failure.retryable or elapsed >= self.retry_for:
             return None
@@ -62,17 +65,17 @@ class RetryPolicy:
 
 
 def without_advice(error: MaskwireError) -> str:
-    """The server's message without its advice to retry: this client retries by itself."""
+    """Return an error's message without the server's advice to retry, since this client does retry."""
     return _RETRY_ADVICE.sub("", str(error))
 
 
 def given_up(
     target: str, method: str, last: Failure, retry_for: float, answered: tuple[MaskwireError, float] | None
 ) -> UnavailableError:
-    """The error that ends the retries.
+    """Return the error that a call raises when its retries end without success.
 
-    `answered` is the last error that the server itself answered with, and how many seconds ago. A server that
-    keeps answering HELD is reachable, and the message says so.
+    `last` is the last failure. `answered` is the last error with which the server itself answered, and how
+    many seconds ago it did. If the server is reachable but keeps refusing, as with HELD, the message says so.
     """
     error = last.error
     if not last.unreachable:
@@ -85,7 +88,7 @@ def given_up(
             f"{target} did not answer within {retry_for:g} s ({error}); is the server running and the "
             "address right?"
         )
-        if method != "GetStatus":  # which is what the command itself calls
+        if method != "GetStatus":  # `maskwire status` calls this method itself
             text += f" `maskwire status -t {target}` shows its state."
         if answered is not None:
             answer, ago = answered

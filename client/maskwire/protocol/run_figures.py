@@ -1,4 +1,4 @@
-"""Decode what a server has counted."""
+"""Decodes the figures in a status report: what the server has counted since its process started."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from maskwire.v1 import training_service_pb2 as pb
 
 
 def read(status: pb.GetStatusResponse) -> results.RunFigures:
-    """The figures of a status report; empty where an older server has none."""
+    """Return the figures in a status report. Figures that an older server does not report are empty."""
     seconds = status.step_seconds if status.HasField("step_seconds") else None
     return results.RunFigures(
         newest_step=_newest(status.newest_step) if status.HasField("newest_step") else None,

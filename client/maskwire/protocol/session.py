@@ -1,4 +1,4 @@
-"""The session of the run's writer: opened, confirmed after an outage, closed."""
+"""The session of the run's writer: how it is opened, confirmed after an outage, and closed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from maskwire.v1.values import TokenizerDescription
 
 
 class Session(Calls):
-    """Operations on the session, and what the server reported about the run when the session was opened."""
+    """The writer's session, and what the server reported about the run when the session was opened."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Session(Calls):
             check_str("name", name)
         self.name = name or default_name()
         self.takeover_message = ""
-        """A message about the open session that this one took over; empty: there was none."""
+        """A message about the open session that this session took over; empty if there was none."""
         self.acknowledged = AcknowledgedHistory()
         self.model: results.ModelInfo
         self.limits: results.Limits
@@ -50,7 +50,7 @@ class Session(Calls):
 
     @property
     def unreachable(self) -> bool:
-        """Whether the last attempt got no answer and the session has not been confirmed since."""
+        """Whether an attempt got no answer, and the session has not been confirmed since then."""
         return self._stale
 
     def open(
@@ -66,7 +66,7 @@ class Session(Calls):
     ) -> Operation[None]:
         """Open the session, or confirm that it is still open and that the server has this client's steps.
 
-        `replace`: open a new session without claiming any history.
+        If `replace` is True, opens a new session whose history starts at the server's last durable step.
         """
         check_flag("takeover", takeover)
         nonce = new_id() if replace else self._nonce
@@ -92,8 +92,8 @@ class Session(Calls):
             self.acknowledged.open(response)
         elif response.session.epoch != self.acknowledged.session.epoch:
             raise FencedError(
-                f"the session's epoch {self.acknowledged.session.epoch} was replaced by "
-                f"{response.session.epoch}; connect again",
+                f"this client's session (epoch {self.acknowledged.session.epoch}) was replaced by another "
+                f"session (epoch {response.session.epoch}); connect again",
                 reason="FENCED",
             )
         self.model = codec.read_model(response.model)
@@ -105,7 +105,7 @@ class Session(Calls):
         self.evaluated = (response.evaluated_lineage, response.evaluated_step)
 
     def _open(self, request: pb.OpenSessionRequest, began: float | None) -> Operation[pb.OpenSessionResponse]:
-        """Open the session. If its holder's process has ended, take it over."""
+        """Open the session. If another client holds it but that client's process has ended, take it over."""
         while True:
             try:
                 response: pb.OpenSessionResponse = yield from self._ask(
@@ -119,15 +119,15 @@ class Session(Calls):
                 request.gone_epoch = epoch
 
     def close_request(self) -> pb.CloseSessionRequest | None:
-        """Return the request that ends the session; None if none is open."""
+        """Return the request that closes the session; None if no session was opened."""
         return pb.CloseSessionRequest(session=self.acknowledged.session) if self.acknowledged.digest else None
 
     def use_tokenizer(self, tokenizer: str) -> Operation[None]:
-        """Record with the run which tokenizer its ids belong to.
+        """Record with the run which tokenizer produced its token ids.
 
         tokenizer: "bytes", or "sha256:" and the hash of the tokenizer's file; empty: nothing is recorded.
 
-        `fit` does this for data with a `tokenizer`. Raises TokenizerError if the run has another one.
+        `fit` calls this for data with a `tokenizer`. Raises TokenizerError if the run has another tokenizer.
         """
         if not isinstance(tokenizer, str):
             raise TypeError(
@@ -139,9 +139,10 @@ class Session(Calls):
     def keep_tokenizer(self, tokenizer: TokenizerDescription) -> Operation[None]:
         """Store the tokenizer of the data with the run, so that prompts can be encoded as the data was.
 
-        tokenizer: The description, whose `name` must be the one given to `use_tokenizer`.
+        tokenizer: The tokenizer's description. Its `name` must be the one given to `use_tokenizer`.
 
-        Nothing is sent if the run has it already. `fit` does this for data with a `tokenizer_description`.
+        Sends nothing if the run has this tokenizer already. `fit` calls this for data with a
+        `tokenizer_description`.
         """
         if tokenizer.digest == self._kept_tokenizer_digest:
             return
@@ -150,12 +151,12 @@ class Session(Calls):
         self._kept_tokenizer_digest = tokenizer.digest
 
     def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> Operation[None]:
-        """Record the fingerprint of the run's training data.
+        """Record with the run the fingerprint of its training data.
 
         fingerprint: Named parts, such as those of `TokenData.fingerprint`; empty: nothing is recorded.
-        allow_changed: Replace another fingerprint that is recorded, instead of raising DataMismatchError.
+        allow_changed: Replace a different recorded fingerprint, instead of raising DataMismatchError.
 
-        `fit` does this for data with a `fingerprint()`.
+        `fit` calls this for data with a `fingerprint()`.
         """
         check_flag("allow_changed", allow_changed)
         if not isinstance(fingerprint, Mapping) or not all(
@@ -168,14 +169,17 @@ class Session(Calls):
             yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
 
     def mark_evaluated(self) -> Operation[None]:
-        """Record that the current step was evaluated, so that `fit` does not repeat it; `fit` calls this."""
+        """Record that the current step was evaluated, so that `fit` does not repeat the evaluation.
+
+        `fit` calls this after each evaluation.
+        """
         yield from self.open(evaluated_step=self.acknowledged.step)
 
     def _unreachable(self) -> None:
         self._stale = True
 
     def _confirm(self, began: float) -> Operation[None]:
-        """If the server was unreachable, check that it still has what it acknowledged."""
+        """If the server was unreachable, check that it still has the session and the acknowledged steps."""
         if not self._stale:
             return
         yield Until(lambda: not self._reopening)

@@ -1,6 +1,6 @@
-"""The calls that need no session, as operations.
+"""The calls of a client that need no session, as operations.
 
-Both clients take the signature and docstring of each of their methods from here.
+The methods of the blocking and the asyncio client take their signatures and docstrings from here.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def _same(value: T) -> T:
 
 
 class Calls(RetriedCalls):
-    """Operations of a client without a session. Each is retried until there is an answer."""
+    """Operations of a client without a session. Each call is retried until the server answers."""
 
     def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> Operation[results.EvalResult]:
-        """Evaluate one batch. Changes nothing.
+        """Evaluate one batch. Does not change the run.
 
-        tokens: As in `Trainer.train_step`.
+        tokens: Rows of token ids, as in `Trainer.train_step`.
 
         Raises DivergedError if the weights give losses that are not finite, and RequestError with the reason
-        READ_TOO_LONG if a step or a save had to wait too long for it.
+        READ_TOO_LONG if a training step or a save had to wait too long for the evaluation.
         """
         return (yield from self._evaluated(codec.eval_request(tokens, **options)))
 
@@ -54,17 +54,17 @@ class Calls(RetriedCalls):
         on_progress: EvaluationProgress | None = None,
         **options: Unpack[EvalOptions],
     ) -> Operation[results.EvalResult]:
-        """Evaluate a data set with as many calls as it needs. Changes nothing.
+        """Evaluate a data set with as many calls as it needs. Does not change the run.
 
         data: A `maskwire.data.TokenData`, or rows as in `eval_loss`.
-        rows: Evaluate only this many rows, spread evenly over a TokenData; None: every token once.
-        batch_size: Rows per call; None: as many as keep a call short. The server's limits cap it, and the
-            result does not depend on it.
-        on_progress: `on_progress(rows_done, rows, nats_per_token)` is called after each call (by the asyncio
-            client on another thread).
+        rows: Evaluate only this many rows, spread evenly over a TokenData; None: evaluate every token once.
+        batch_size: The number of rows per call, up to the server's limits; None: as many as keep a call
+            short. The result does not depend on it.
+        on_progress: `on_progress(rows_done, rows, nats_per_token)` is called after each call. The asyncio
+            client calls it on another thread.
 
-        `row_ids` default to the rows' positions in the data. Raises StepMovedError if the run's step changes
-        meanwhile, ValueError if every row consists of prompts only, and what `eval_loss` raises.
+        By default, `row_ids` are the rows' positions in the data. Raises StepMovedError if the run's step
+        changes meanwhile, ValueError if every row consists of a prompt only, and the errors of `eval_loss`.
         """
         if not hasattr(data, "batch"):  # a TokenData has one
             arguments.check_rows(data, "data")
@@ -81,32 +81,32 @@ class Calls(RetriedCalls):
     def generate(
         self, prompts: Any = None, **options: Unpack[GenerateOptions]
     ) -> Operation[results.GenerateResult]:
-        """Sample rows, or fill the gaps in prompts. Changes nothing.
+        """Sample rows, or fill the gaps in prompts. Does not change the run.
 
         prompts: Integers [rows, columns] or a list of rows that may differ in length, with the mask id at the
             positions to fill or with a `prompt_mask`. None: `count` rows of `length` tokens are sampled.
 
-        If the rows exceed what the server accepts in one call, several calls are made; StepMovedError is
+        If the rows exceed what the server accepts in one call, several calls are made, and StepMovedError is
         raised if the run's step changes between them. Raises DivergedError if the weights give logits that
-        are not finite, and RequestError with the reason READ_TOO_LONG if a step or a save had to wait too
-        long.
+        are not finite, and RequestError with the reason READ_TOO_LONG if a training step or a save had to
+        wait too long for the generation.
         """
         return (yield from self._sample(codec.generate_request(prompts, **options)))
 
     def generate_steps(
         self, prompts: Any = None, **options: Unpack[GenerateOptions]
     ) -> Operation[results.GenerateResult]:
-        """Iterate over the unmasking passes of a `generate` call; the last result is `done`.
+        """Generate as `generate` does, and iterate over the rows after each unmasking pass.
 
         prompts: As in `generate`.
 
-        A reader that is slower than the device can miss passes, but never the last one. Closing the iterator,
-        or an exception that leaves it, frees the device.
+        Only the last result has `done` set. A reader that is slower than the device can miss passes, but
+        never the last one. The server stops sampling when the iterator is closed.
         """
         return (yield from self._sample(codec.generate_request(prompts, stream_steps=True, **options)))
 
     def _sample(self, request: pb.GenerateRequest) -> Operation[results.GenerateResult]:
-        """Sample with as many calls as the server's limits require."""
+        """Sample the rows of a request with as many calls as the server's limits require."""
         plan = None
         if rows_of(request) > 1:
             bounds = yield from self._bounds()
@@ -124,8 +124,8 @@ class Calls(RetriedCalls):
         request: pb.GenerateRequest,
         merge: Callable[[results.GenerateResult], results.GenerateResult],
     ) -> Operation[results.GenerateResult]:
-        """Make one call. `merge` adds its rows to those of other calls."""
-        # Only the first message may be retried: later the weights may have changed.
+        """Make one call of a generation. `merge` adds the call's rows to the rows of the other calls."""
+        # Only the wait for the first message may be retried: afterwards the weights may have changed.
         stream, response = yield from self._ask("Generate", lambda: request, stream=True)
         while response is not None:
             found = merge(codec.read_generation(response))
@@ -147,17 +147,17 @@ class Calls(RetriedCalls):
         expected_lineage: int | None = None,
         expected_step: int | None = None,
     ) -> Operation[results.CheckpointInfo]:
-        """Save the run's state. Returns once the checkpoint is durable and verified.
+        """Save a checkpoint of the run, and return its description once it is durable and verified.
 
-        name: Lower-case letters, digits, _ and -, at most 64. Empty: the server names it after the step, and
-            may delete it once newer ones exist.
-        labels: Texts to keep with it, by name: at most 32 entries of at most 256 characters.
-        score: Rates the state, lower is better; of the scored checkpoints without a name the server keeps the
-            best.
-        expected_lineage, expected_step: Refuse the call with WrongRunError if the run is at another lineage
-            or step, so that a score is saved with the step at which it was measured.
+        name: At most 64 lower-case letters, digits, _ and -. Empty: the server names the checkpoint after the
+            step, and may delete it once newer ones exist.
+        labels: Texts to store with the checkpoint, by name: at most 32 entries of at most 256 characters.
+        score: A rating of the state, where lower is better. The server keeps the checkpoint with the best
+            score among those without a name.
+        expected_lineage, expected_step: Raise WrongRunError if the run is at another lineage or step. This
+            ensures that a score is saved with the step at which it was measured.
 
-        Raises CheckpointError if the name is taken, or if writing failed.
+        Raises CheckpointError if the name is taken, or if the checkpoint could not be written.
         """
         arguments.check_str("name", name)
         arguments.check_labels(labels)
@@ -187,10 +187,10 @@ class Calls(RetriedCalls):
             request.page_token = response.next_page_token
 
     def list_steps(self, **options: Unpack[ListOptions]) -> Operation[results.RecordedStep | None]:
-        """Iterate over the recorded steps of one lineage, in order, requesting one page at a time.
+        """Iterate over the recorded steps of one lineage, in order. Requests one page at a time.
 
-        Raises WrongRunError if `run_id` is given and the server has another run, and UnimplementedError for a
-        server that does not list steps.
+        Raises WrongRunError if `run_id` is given and the server has another run, and UnimplementedError if
+        the server is too old to list steps.
         """
         token = ""
         while True:
@@ -204,10 +204,10 @@ class Calls(RetriedCalls):
     def steps_page(
         self, *, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
     ) -> Operation[results.StepsPage]:
-        """Return one page of `list_steps`, with the step that the lineage started from.
+        """Return one page of the steps that `list_steps` iterates over, and where their lineage started.
 
-        page_size: The most steps to return; 0: 100. The server returns at most 250.
-        page_token: `next_page_token` of the previous page; empty: the first page.
+        page_size: The most steps to return, at most 250; 0: 100.
+        page_token: The `next_page_token` of the previous page; empty: the first page.
         """
         request = pb.ListStepsRequest(page_size=page_size, page_token=page_token, **options)
         return codec.read_steps((yield from self._ask("ListSteps", lambda: request)))
@@ -217,17 +217,17 @@ class Calls(RetriedCalls):
 
         name: The checkpoint's name.
 
-        Raises CheckpointError if there is no such checkpoint, or while recovery, a lineage or a download
-        needs it.
+        Raises CheckpointError if there is no such checkpoint, or while the checkpoint is needed for recovery,
+        by a lineage or by a download.
         """
         arguments.check_str("name", name)
         yield from self._ask("DeleteCheckpoint", lambda: pb.DeleteCheckpointRequest(name=name))
 
     def restore(self, name: str, *, expected_step: int | None = None) -> Operation[results.RestoreResult]:
-        """Restore a checkpoint as the start of a new lineage. The run's writer must connect again.
+        """Restore a checkpoint as the start of a new lineage. The run's writer must then connect again.
 
         name: The checkpoint's name.
-        expected_step: Refuse the call with WrongRunError if the run is at another step; None: restore anyway.
+        expected_step: Raise WrongRunError if the run is at another step; None: restore at any step.
 
         Raises CheckpointError if there is no such checkpoint, or if it is damaged.
         """
@@ -249,14 +249,14 @@ class Calls(RetriedCalls):
         """Download a checkpoint into a folder, which `maskwire_server.load` can read, and return the folder.
 
         name: The checkpoint's name.
-        folder: Where to write; it is created if it does not exist.
-        weights: Only the weights, with their moving average if the run keeps one.
-        ema: Only the moving average.
+        folder: The folder to write to, which is created if it does not exist.
+        weights: Download only the weights, and their moving average if the run keeps one.
+        ema: Download only the moving average of the weights.
         on_progress: `on_progress(bytes_done, bytes_total)` is called for each chunk.
 
-        An interrupted download resumes where it stopped, and each file is checked against its SHA-256. Raises
+        An interrupted download resumes where it stopped. Each file is checked against its SHA-256. Raises
         CheckpointError if there is no such checkpoint or a file is damaged, and OSError if the folder cannot
-        be written.
+        be written to.
         """
         arguments.check_str("name", name)
         arguments.check_function("on_progress", on_progress)
@@ -280,14 +280,14 @@ class Calls(RetriedCalls):
                     )
                     if file.size == before:
                         raise CheckpointError(
-                            f"{self.target} sent no further bytes of {file.name}; download again"
+                            f"{self.target} sent no further bytes of {file.name}; download again to resume"
                         )
         finally:
             download.finish()
         return download.folder
 
     def tokenizer_of_run(self) -> Operation[results.TokenizerDescription | None]:
-        """Return the tokenizer that the run keeps; None if there is none, or the server is too old."""
+        """Return the tokenizer stored with the run; None if there is none, or if the server is too old."""
         try:
             response = yield from self._ask("GetTokenizer", pb.GetTokenizerRequest)
         except UnimplementedError:
@@ -299,12 +299,14 @@ class Calls(RetriedCalls):
         return status_codec.read_status((yield from self._ask("GetStatus", pb.GetStatusRequest)))
 
     def _bounds(self) -> Operation[Bounds]:
-        """The server's limits on one call, once it has built its model."""
+        """Return the server's limits on one call. Waits until the server has built its model."""
         began = self._clock()
         while True:
             found = yield from self.status()
             if found.model is not None:
                 return Bounds(found.limits, found.model)
             if self._clock() - began >= self._policy.retry_for:
-                raise UnavailableError(f"{self.target} is building the model; retry", reason="RECOVERING")
+                raise UnavailableError(
+                    f"{self.target} is still building the model; wait, then call again", reason="RECOVERING"
+                )
             yield Pause(self._policy.longest_wait)

@@ -1,4 +1,4 @@
-"""GetStatus: from the proto to values."""
+"""Decodes the answer to GetStatus."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from maskwire.v1 import training_service_pb2 as pb
 
 
 def _read_device_share(share: pb.DeviceShare) -> results.DeviceShare:
-    """How the device was divided between training and reads; zeros: an older server."""
+    """Decode how the device was divided between training and reads. All zeros for an older server."""
     return results.DeviceShare(**{each.name: getattr(share, each.name) for each in share.DESCRIPTOR.fields})
 
 
 def read_status(status: pb.GetStatusResponse) -> results.Status:
-    """Decode state, progress and what the run is waiting for."""
+    """Decode a status report: the run's state, its progress and what it is waiting for."""
     newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
     return results.Status(
         state=results.RunState(status.state),

@@ -1,4 +1,4 @@
-"""Token batches: from arrays and lists of token ids to the proto's TokenBatch, and back."""
+"""Conversion of arrays and lists of token ids to the message TokenBatch, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _DTYPES: dict[np.dtype[Any], pb.DataType] = {
 
 
 def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
-    """Make a numpy array of integers from an array, a list or a torch tensor, without importing torch."""
+    """Convert an array, a list or a torch tensor to a numpy array of integers, without importing torch.
+
+    Raises TypeError for values that are no integers, and ValueError for ids of 2^63 or more.
+    """
     array = _host(tokens)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
@@ -48,22 +51,24 @@ def encode_batch(
     segment_ids: Any = None,
     into: pb.TokenBatch | None = None,
 ) -> pb.TokenBatch:
-    """Make a TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if not known.
+    """Make a TokenBatch from rows of token ids.
 
-    `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
-    `lengths` [rows], the positions after a row's length are padding and are not sent. `prompt_mask` is a bool
-    array [rows, columns], True for positions that are given and never masked. For rows that differ in length
-    it may also be a list of rows. `segment_ids`, in the shape of `tokens`, says which document of a packed
-    row each token belongs to: numbers from 0 that do not decrease within a row. `into`: an empty TokenBatch
-    to fill. Pass a request's own batch field to avoid copying the ids.
+    tokens: An integer array [rows, columns], or a list of rows that may differ in length.
+    num_tokens: The size of the vocabulary; 0 if not known.
+    lengths: Integers [rows]. The positions after a row's length are padding and are not sent.
+    prompt_mask: A bool array [rows, columns], True for positions that are given and never masked. For rows
+        that differ in length it may also be a list of rows.
+    segment_ids: The document of a packed row to which each token belongs, in the shape of `tokens`: numbers
+        from 0 that do not decrease within a row.
+    into: An empty TokenBatch to fill. Pass a request's own batch field to avoid copying the ids.
     """
     arguments.check_rows(tokens)
     if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
         if lengths is not None:
-            raise ValueError("lengths must be left out when rows differ in length")
+            raise ValueError("lengths must be left out when tokens is a list of rows that differ in length")
         empty = next((number for number, row in enumerate(tokens) if not len(row)), None)
         if empty is not None:
-            raise ValueError(f"tokens: row {empty} is empty; leave it out")
+            raise ValueError(f"tokens: row {empty} is empty; leave this row out")
         rows = [to_array(row) for row in tokens]
         sizes = np.array([row.size for row in rows], dtype=np.int32)
         ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
@@ -76,7 +81,7 @@ def encode_batch(
             )
         ids = to_array(ids)
         if ids.ndim != 2:
-            raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
+            raise ValueError(f"tokens must have two dimensions, [rows, columns], got {ids.ndim}")
         shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)
         sent = np.ones(shape, dtype=bool)
         if lengths is not None:
@@ -96,7 +101,10 @@ def encode_batch(
 
 
 def _segments(segment_ids: Any, sent: npt.NDArray[np.bool_]) -> npt.NDArray[np.integer[Any]]:
-    """The segment ids of the tokens that are sent, flat. `sent` has the shape of the tokens."""
+    """Return the segment ids of the tokens that are sent, as a flat array.
+
+    `sent` has the shape of the tokens, and is True for a token that is sent.
+    """
     if segment_ids is None:
         return np.zeros(0, dtype=np.int32)
     if sent.ndim == 1:  # rows that differ in length
@@ -105,7 +113,7 @@ def _segments(segment_ids: Any, sent: npt.NDArray[np.bool_]) -> npt.NDArray[np.i
         numbers = to_array(segment_ids, "segment_ids")
     if numbers.shape != sent.shape:
         raise ValueError(
-            f"segment_ids must have one number per token, {list(sent.shape)}, got {list(numbers.shape)}"
+            f"segment_ids must have one number per token, shape {list(sent.shape)}, got {list(numbers.shape)}"
         )
     return numbers[sent]
 
@@ -114,7 +122,7 @@ def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
     rows, columns = shape
     sizes = to_array(lengths, "lengths")
     if sizes.shape != (rows,):
-        raise ValueError(f"lengths must have one length per row, {rows}, got shape {sizes.shape}")
+        raise ValueError(f"lengths must have one length per row ({rows} rows), got shape {sizes.shape}")
     wrong = np.flatnonzero((sizes < 1) | (sizes > columns))
     if wrong.size:
         raise ValueError(
@@ -125,10 +133,10 @@ def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
 
 
 def _narrow(ids: npt.NDArray[np.integer[Any]], num_tokens: int) -> npt.NDArray[np.integer[Any]]:
-    """The ids in the type in which they are sent.
+    """Return the ids in the integer type in which they are sent.
 
-    It is the type used for hashing, so that neither side converts. Ids already in a narrower type keep it.
-    Ids outside the vocabulary are sent too: the server's refusal names their position.
+    This is the type that the digest hashes, so that neither side converts them. Ids of a narrower type keep
+    their type. Ids outside the vocabulary are sent too, because the server's error names their position.
     """
     if num_tokens:
         id_type, own = narrowest_type(num_tokens), ids.dtype.newbyteorder("<")
@@ -150,21 +158,24 @@ def _pack(prompt_mask: Any, shape: tuple[int, int], sizes: npt.NDArray[np.int32]
     else:
         mask = _host(prompt_mask)
     if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-        raise ValueError(f"prompt_mask must be bool [{shape[0]}, {shape[1]}], got {mask.dtype} {mask.shape}")
+        raise ValueError(
+            f"prompt_mask must have type bool and shape [{shape[0]}, {shape[1]}], got {mask.dtype} and "
+            f"{mask.shape}"
+        )
     return np.packbits(mask[:, : shape[1]], bitorder="little").tobytes()
 
 
 def _padded(prompt_mask: Sequence[Any], shape: tuple[int, int], sizes: npt.NDArray[np.int32]) -> Any:
-    """The mask of rows that differ in length, as [rows, columns]."""
+    """Return the prompt mask of rows that differ in length as one bool array [rows, columns]."""
     if len(prompt_mask) != shape[0]:
-        raise ValueError(f"prompt_mask must have as many rows as tokens, {shape[0]}, got {len(prompt_mask)}")
+        raise ValueError(f"prompt_mask must have as many rows as tokens ({shape[0]}), got {len(prompt_mask)}")
     padded = np.zeros(shape, dtype=bool)
     for number, values in enumerate(prompt_mask):
         row, size = _host(values), int(sizes[number]) if sizes.size else shape[1]
         if row.dtype != np.bool_ or row.shape != (size,):
             raise ValueError(
-                f"prompt_mask: row {number} must be bool [{size}], as long as its tokens, got {row.dtype} "
-                f"{list(row.shape)}"
+                f"prompt_mask: row {number} must have type bool and shape [{size}], one value per token, got "
+                f"{row.dtype} and {list(row.shape)}"
             )
         padded[number, :size] = row
     return padded
@@ -173,9 +184,9 @@ def _padded(prompt_mask: Sequence[Any], shape: tuple[int, int], sizes: npt.NDArr
 def encode_batches(batches: Iterable[Any], num_tokens: int, into: pb.TokenBatch) -> None:
     """Fill an empty TokenBatch with the rows of all `batches`, in order, as `encode_batch` encodes them.
 
-    Each is a `Batch` or rows of token ids. Batches of different width become rows of different length. A
-    batch without a prompt mask has no prompts, and a row of a batch without segment ids is one segment.
-    Raises TypeError or ValueError that names the batch by its index.
+    Each batch is a `Batch` or rows of token ids. Batches of different width become rows of different length.
+    A batch without a prompt mask has no prompts, and a row of a batch without segment ids is one segment.
+    Errors are TypeError or ValueError, and name the batch by its index.
     """
     encoded = []
     for index, given in enumerate(batches):
@@ -222,7 +233,7 @@ def _concatenate(batches: Sequence[pb.TokenBatch], into: pb.TokenBatch) -> None:
 
 
 def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]:
-    """The rows of a TokenBatch: int64 [rows, columns], or a list of rows where they differ in length."""
+    """Return the rows of a TokenBatch: int64 [rows, columns], or a list of rows if they differ in length."""
     ids = ids_of(batch).astype(np.int64)
     if len(set(batch.lengths)) > 1:
         return np.split(ids, np.cumsum(batch.lengths)[:-1])
@@ -230,6 +241,6 @@ def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArr
 
 
 def ids_of(batch: pb.TokenBatch) -> npt.NDArray[np.integer[Any]]:
-    """The ids of a TokenBatch, flat, in the type in which they are sent."""
+    """Return the ids of a TokenBatch as a flat array, in the integer type in which they are sent."""
     dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
     return np.frombuffer(batch.data, dtype=dtype)

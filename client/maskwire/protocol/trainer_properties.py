@@ -1,4 +1,4 @@
-"""What a trainer knows about its run without asking the server."""
+"""The properties of a trainer, which it knows without asking the server."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from maskwire.protocol.session import Session
 
 
 class TrainerProperties:
-    """Properties of both trainers, as of the last answer."""
+    """Properties of the blocking and the asyncio trainer, as of the server's last answer."""
 
     _writer: Session
 
     @property
     def name(self) -> str:
-        """Name of this job."""
+        """The name of this client, under which it holds its session."""
         return self._writer.name
 
     @property
     def model(self) -> results.ModelInfo:
-        """The served model."""
+        """The description of the model that the server trains."""
         return self._writer.model
 
     @property
     def inexact_replays(self) -> tuple[results.InexactReplay, ...]:
-        """Steps that recovery recomputed with results that were close but not equal."""
+        """Ranges of steps that recovery recomputed with results that were close but not equal."""
         return self._writer.inexact_replays
 
     @property
@@ -33,35 +33,35 @@ class TrainerProperties:
 
     @property
     def run_id(self) -> str:
-        """Id of the run."""
+        """The id of the run."""
         return self._writer.acknowledged.session.run_id
 
     @property
     def lineage(self) -> int:
-        """Number of the current lineage; each restore starts the next one."""
+        """The number of the current lineage, from 1. Each restore starts the next lineage."""
         return self._writer.acknowledged.session.lineage
 
     @property
     def step(self) -> int:
-        """The last acknowledged step."""
+        """The number of the last step that the server acknowledged; 0 if there is none."""
         return self._writer.acknowledged.step
 
     @property
     def data(self) -> dict[str, str]:
-        """The recorded fingerprint of the run's training data; empty: not recorded."""
+        """The recorded fingerprint of the run's training data, in named parts; empty if none is recorded."""
         return self._writer.data
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds for which this client has waited for the server to answer again."""
+        """Seconds for which this client has waited until the server answered or accepted calls again."""
         return self._writer.seconds_waited
 
     @property
     def evaluated(self) -> tuple[int, int]:
-        """Lineage and number of the step last marked as evaluated; (0, 0) if none is."""
+        """The lineage and number of the step that was last marked as evaluated; (0, 0) if there is none."""
         return self._writer.evaluated
 
     @property
     def digest(self) -> bytes:
-        """The digest after the last acknowledged step; the server has the same."""
+        """The history digest after the last acknowledged step, 32 bytes. The server has the same digest."""
         return self._writer.acknowledged.digest

@@ -1,4 +1,4 @@
-"""The run's writer: a window of steps in flight, sent and acknowledged in order."""
+"""The run's writer: sends steps in order, with several in flight, and checks each acknowledgement."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from maskwire.v1 import training_service_pb2 as pb
 log = logging.getLogger(__name__)
 
 _RENUMBER_WAIT = 0.02  # seconds
-_NUMBER_BYTES = 12  # the most that a step's number adds to a request
+_NUMBER_BYTES = 12  # the most bytes that a step's number adds to a request
 _MAX_ID_BYTES = 11  # of a token id or a row's length in a request, with its bit of the prompt mask
 _MAX_OTHER_BYTES = 4096  # of everything else in a request
 _FOREIGN_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # also reported by a server with another history
@@ -35,9 +35,9 @@ _FOREIGN_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # also reported by a s
 class Writer(Session):
     """Operations of a client with a session.
 
-    Steps are sent in the order of their submission and acknowledged in that order, because each digest is
-    computed from the previous one. Interrupting an operation leaves the writer consistent: state changes
-    after the answer are single assignments, and an interrupted step can be finished by another operation.
+    Steps are sent and acknowledged in the order of their submission, because each digest is computed from the
+    previous digest. An interrupt leaves the writer consistent: after an answer, each change of state is a
+    single assignment, and another operation can finish an interrupted step.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Writer(Session):
         window: int,
         spans: StepSpans | None = None,
     ) -> None:
-        """`spans`: traces the steps; None: they are not traced."""
+        """Make a writer with at most `window` steps in flight. If `spans` is None, steps are not traced."""
         super().__init__(target, policy, on_wait, clock, name)
         check_whole("window", window, 1)
         self.closed = False
@@ -64,19 +64,19 @@ class Writer(Session):
 
     @property
     def in_flight(self) -> int:
-        """Number of steps submitted and not acknowledged."""
+        """The number of steps that are submitted but not yet acknowledged."""
         return len(self._pending)
 
     @property
     def _limit(self) -> int:
-        """The most steps in flight."""
+        """The most steps that may be in flight: the smaller of the client's and the server's window."""
         return min(self._window, self.limits.window)
 
     def restore(self, name: str, *, expected_step: int | None = None) -> Operation[results.RestoreResult]:
         """Restore a checkpoint as the start of a new lineage, and continue from there as its writer.
 
         name: The checkpoint's name.
-        expected_step: Refuse the call with WrongRunError if the run is at another step; None: restore anyway.
+        expected_step: Raise WrongRunError if the run is at another step; None: restore at any step.
 
         Waits for the steps in flight first. Raises CheckpointError if there is no such checkpoint, or if it
         is damaged.
@@ -101,13 +101,13 @@ class Writer(Session):
         return results.RestoreResult(response.lineage, response.step, response.digest)
 
     def settle(self) -> Operation[None]:
-        """Wait until no step is in flight. Their futures have their results or errors."""
+        """Wait until no step is in flight. Every submitted step's future then has its result or error."""
         yield Until(lambda: not self._pending)
 
     def new_step(
         self, tokens: Any, step: int | None = None, /, **options: Unpack[StepOptions]
     ) -> PendingStep:
-        """Make a step from a batch; it has no position in the submission order yet."""
+        """Make a step from a batch. `enter` later gives the step its position in the submission order."""
         if step is not None:
             check_whole("step", step, 1)
         request = codec.step_request(new_id(), tokens, self.model.num_tokens, **options)
@@ -118,10 +118,9 @@ class Writer(Session):
         return pending
 
     def enter(self, pending: PendingStep) -> Operation[None]:
-        """Wait for a free slot in the window, append the step to the submission order, and wait until it may
-        be sent.
+        """Append a step to the submission order once the window has room, and wait until it may be sent.
 
-        Raises ConflictError if the step must have a number that its position does not give it.
+        Raises ConflictError if the step requires a number other than the one that its position gives.
         """
         if not self._has_room():
             yield Until(self._has_room)
@@ -134,7 +133,7 @@ class Writer(Session):
             yield Until(partial(self._sendable, pending))
 
     def finish(self, pending: PendingStep) -> Operation[results.StepResult]:
-        """Send a step after `enter`, and return its result once it is durable and acknowledged."""
+        """Send a step after `enter`, and return its result once the step is durable and acknowledged."""
         if pending not in self._pending:
             raise MaskwireError("the step was interrupted before it was sent; submit it again")
         pending.started = True
@@ -150,7 +149,7 @@ class Writer(Session):
                 raise self._unknown_outcome()
             position = self.acknowledged.next_position(answer, pending.payload_hash())
             self.acknowledged.position = position
-            self._pending.popleft()  # CPython delivers no signal between the previous line and this one
+            self._pending.popleft()  # CPython delivers no signal between these two lines
         except Exception as error:
             self._leave(pending, error)
             if isinstance(error, UnavailableError) and pending.request.step:
@@ -159,7 +158,7 @@ class Writer(Session):
                 raise self._unknown_outcome() from error
             raise
         if self.acknowledged.step >= self._unanswered:
-            self._unanswered = 0  # another step has the number
+            self._unanswered = 0  # another step has that number now
         if pending.span is not None:
             pending.span.end(answer.step)
         self._warn_at_rate_0(pending.request, answer)
@@ -167,13 +166,16 @@ class Writer(Session):
 
     def _unknown_outcome(self) -> UnavailableError:
         return UnavailableError(
-            f"step {self._unanswered} got no answer and may have been applied, so that later steps cannot be "
-            "checked: connect again to continue from the server's step",
+            f"step {self._unanswered} got no answer and may have been applied, so this client cannot check "
+            "later steps: connect again to continue from the server's step",
             reason="UNAVAILABLE",
         )
 
     def withdraw(self, pending: PendingStep) -> bool:
-        """Remove a step from the order, unless it may have been sent; False: it must be finished."""
+        """Remove a step from the submission order, unless it may have been sent.
+
+        Returns False if it may have been sent: the caller must then call `finish`.
+        """
         if pending not in self._pending:
             return True
         if pending.started:
@@ -182,7 +184,7 @@ class Writer(Session):
         return True
 
     def _leave(self, pending: PendingStep, error: Exception | None = None) -> None:
-        """Remove a step from the submission order; the next one gets its number."""
+        """Remove a step from the submission order, so that the next step gets its number."""
         if pending.span is not None:
             pending.span.fail("not sent" if error is None else getattr(error, "reason", type(error).__name__))
         number = self._number_of(pending)
@@ -190,7 +192,7 @@ class Writer(Session):
         self._pending.remove(pending)
 
     def _send(self, pending: PendingStep) -> pb.TrainStepRequest:
-        """Return the step's request under its current number, in flight from here on."""
+        """Return a step's request with its current number, and record that the step is in flight."""
         number = self._number_in_flight(pending)
         if not number:
             number = self._number_of(pending)
@@ -206,34 +208,34 @@ class Writer(Session):
         if pending.required_number not in (None, number):
             raise ConflictError(
                 f"this is the batch of step {pending.required_number}, but the run's next step is {number}: "
-                "a step before it was refused",
+                "submit the batch of the next step. If an earlier step was refused, its error says why",
                 reason="GAP",
                 metadata={"step": str(pending.required_number), "expected_step": str(number)},
             )
 
     def _has_room(self) -> bool:
-        """Whether another step may enter the window. Also true once closed: `enter` then raises an error."""
+        """Whether another step may enter the window. True if the writer is closed: `enter` then raises."""
         return self.closed or (len(self._pending) < self._limit and not self._restoring)
 
     def _number_in_flight(self, pending: PendingStep) -> int:
-        """The number of an attempt that this session may still have in flight; 0: there is none.
+        """Return the number of a step's attempt that may still be in flight in this session; 0 if none is.
 
-        An interrupted attempt is repeated under the same number, even if the step's number has changed since:
-        the server may still have the first attempt, and answers both.
+        An interrupted attempt is repeated under the same number, even if the step's number has changed since,
+        because the server may still have the first attempt, and then answers both.
         """
         return pending.sent_number if pending.sent_epoch == self.acknowledged.session.epoch else 0
 
     def _number_of(self, pending: PendingStep) -> int:
-        """The number that follows from a step's position in the submission order."""
+        """Return the number that a step's position in the submission order gives it."""
         return self.acknowledged.step + 1 + self._pending.index(pending)
 
     def _sendable(self, pending: PendingStep) -> bool:
-        """Whether a step can be sent. An interrupted one can: it repeats its attempt.
+        """Whether a step can be sent. An interrupted step always can, because it repeats its attempt.
 
-        A refused step's number passes to the next step, and so on for all later steps. Until the server has
-        answered the steps that are in flight under their old numbers, no step is sent: two could arrive under
-        one number. And the step that takes the refused number must be acknowledged before later steps are
-        sent, since the server remembers only one missing number.
+        When a step is refused, the next step takes its number, and so on for all later steps. No step is sent
+        until the server has answered the steps that are in flight under their old numbers, because two steps
+        could arrive under one number. The step that takes the refused number must also be acknowledged before
+        later steps are sent, because the server remembers only one missing number.
         """
         if self._number_in_flight(pending):
             return True
@@ -243,24 +245,24 @@ class Writer(Session):
         return not self.acknowledged.step < self._refused < self._number_of(pending)
 
     def _check_size(self, request: pb.TrainStepRequest) -> None:
-        # Checked here, since gRPC would reject the message without saying what to do.
+        # Checked here, because gRPC would reject the message without saying what to do.
         limit = self.limits.max_message_bytes
         rows, columns = request.batch.shape
         if not limit or rows * (columns + 1) * _MAX_ID_BYTES + _MAX_OTHER_BYTES <= limit:
-            return  # the exact size takes as long as sending: it encodes the message
+            return  # computing the exact size encodes the message, which takes as long as sending it
         request.session.CopyFrom(self.acknowledged.session)
         if (size := request.ByteSize() + _NUMBER_BYTES) > limit:
             raise too_long("the batch", size, limit, "send fewer rows")
 
     def _warn_at_rate_0(self, request: pb.TrainStepRequest, response: pb.TrainStepResponse) -> None:
-        """Warn once that the learning-rate schedule has ended: later steps change nothing."""
+        """Warn once that the learning-rate schedule has ended, so that later steps do not change weights."""
         applied = response.outcome == pb.STEP_OUTCOME_APPLIED and response.HasField("metrics")
         if not applied or response.replayed or response.metrics.learning_rate:
             return
         if request.HasField("learning_rate"):
             return
         self._steps_at_rate_0 += 1
-        if self._steps_at_rate_0 == 2:  # the first is the schedule's own last step
+        if self._steps_at_rate_0 == 2:  # the first such step is the last step of the schedule
             log.warning(
                 "the learning rate is 0 at step %d: steps from here on do not change the weights. Stop, or "
                 "start the server with a larger optimizer.total_steps or a min_learning_rate above 0, or "
@@ -270,23 +272,23 @@ class Writer(Session):
 
 
 class _Order:
-    """The attempts of one step, which may be sent only in order."""
+    """Determines when each attempt of one step may be sent, so that steps are sent in order."""
 
     def __init__(self, writer: Writer, pending: PendingStep) -> None:
         self._writer, self._pending = writer, pending
 
     def compute_hash(self) -> None:
-        """Hash the payload while the request is sent. The server refuses an id that cannot be hashed."""
+        """Hash the step's payload. Ignores an id that cannot be hashed, because the server refuses it."""
         with contextlib.suppress(ValueError):
             self._pending.payload_hash()
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """The context of the step's trace."""
+        """The gRPC metadata with the context of the step's trace; empty if the step is not traced."""
         return () if self._pending.span is None else self._pending.span.headers
 
     def before_attempt(self, began: float) -> Operation[None]:
-        """Confirm the session if the server was unreachable, and wait until the step can be sent."""
+        """Wait until the step can be sent. If the server was unreachable, confirm the session first."""
         while True:
             yield from self._writer._confirm(began)
             if self._writer._sendable(self._pending):
@@ -294,15 +296,15 @@ class _Order:
             yield Until(partial(self._writer._sendable, self._pending))
 
     def after_attempt(self) -> None:
-        """The step is no longer in flight."""
+        """Record that the step is no longer in flight."""
         self._pending.sent_number = 0
 
     def can_resend_now(self, error: MaskwireError) -> Operation[bool]:
-        """Whether the step can be sent under another number.
+        """Whether to send the refused step again at once, under its new number.
 
-        It can if the server expects one of the steps before it that were in flight when it was sent. A server
-        that expects an acknowledged step, or reports GAP to a step that nothing precedes, has another
-        history: opening the session again checks that.
+        True if the server expects an earlier step that was in flight when this step was sent. A server that
+        expects an acknowledged step, or reports GAP for a step without steps before it, may have another
+        history; for such errors the session is opened again, which checks the history.
         """
         pending, writer = self._pending, self._writer
         if error.reason == "GAP":

@@ -1,1 +1,1 @@
-"""The wire contract, version 1: stubs generated from `training_service.proto`, and its digest."""
+"""Version 1 of the protocol: the code generated from `training_service.proto`, and the history digest."""

@@ -1,7 +1,7 @@
 """The history digest of `maskwire.v1`, as `training_service.proto` defines it.
 
-It is part of the wire contract, so server and client share this implementation. The tests check it against
-the test vectors in the proto and against a second implementation of the proto's text.
+The digest is part of the protocol, so server and client share this implementation. The tests check it against
+the test vectors in the proto, and against a second implementation of the proto's text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 VERSIONS = (1, 2)
-"""The versions that this release computes, the newest last."""
+"""The versions of the digest that this release can compute, the newest last."""
 
 _ONLY_GENERATOR, _ONLY_CRITIC, _TEMPERATURE, _LEARNING_RATE = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
 class DigestVersion:
-    """How a run hashes its payloads. It is fixed by the run's first step."""
+    """The way in which a run hashes the payloads of its steps. The run's first step determines it."""
 
     number: int
     """One of `VERSIONS`."""
@@ -31,17 +31,17 @@ class DigestVersion:
 
     @property
     def id_type(self) -> np.dtype[np.integer]:
-        """The type in which token ids are hashed."""
+        """The integer type in which token ids are hashed."""
         return np.dtype("<i4") if self.number == 1 else narrowest_type(self.num_tokens)
 
 
 def narrowest_type(num_tokens: int) -> np.dtype[np.integer]:
-    """The narrowest of uint8, uint16 and int32 that holds the ids 0 to num_tokens - 1."""
+    """Return the narrowest of uint8, uint16 and int32 that holds the ids 0 to `num_tokens` - 1."""
     return np.dtype("<u1" if num_tokens <= 2**8 else "<u2" if num_tokens <= 2**16 else "<i4")
 
 
 def newest_common(offered: Iterable[int]) -> int:
-    """The newest version among those offered that this release computes; 0: none."""
+    """Return the newest of the offered versions that this release can compute; 0 if there is none."""
     return max(set(offered) & set(VERSIONS), default=0)
 
 
@@ -62,12 +62,13 @@ def payload_hash(
     temperature: float | None = None,
     learning_rate: float | None = None,
 ) -> bytes:
-    """The hash of what a step trains on and how, 32 bytes.
+    """Return the hash, 32 bytes, of a step's payload: its batch and its training options.
 
-    `ids` are the ids as sent, in order, in an array of any shape and integer type; ids that already have the
-    type of the hash are not copied. `prompt` holds the packed bits, `segments` the segment ids as sent. A
-    temperature or learning rate of -0.0 is hashed as 0.0. Raises ValueError for an id that the type cannot
-    hold, and for segments in version 1, which does not cover them.
+    `ids` are the token ids as sent, in order, in an array of any shape and integer type; ids that already
+    have the type of the hash are not copied. `prompt` is the packed bits of the prompt mask, and `segments`
+    are the segment ids, both as sent. A temperature or learning rate of -0.0 is hashed as 0.0. Raises
+    ValueError for an id that the type of the hash cannot hold, and for segments in version 1, which does not
+    cover them.
     """
     modes = (
         _ONLY_GENERATOR * only_train_generator
@@ -79,7 +80,7 @@ def payload_hash(
     if version.number == 1:
         if len(segments):
             raise ValueError(
-                "segment_ids needs digest version 2, and the run has version 1: send each segment as a row "
+                "segment_ids needs digest version 2, but this run has version 1: send each segment as a row "
                 "of its own, with lengths, or start a new run"
             )
         prefix, of_segments = b"maskwire.v1.payload\0", b""
@@ -111,7 +112,7 @@ def payload_hash(
 
 
 def with_id_type(ids: npt.NDArray[np.integer], id_type: np.dtype[np.integer]) -> npt.NDArray[np.integer]:
-    """The ids in another type, contiguous; ids that have the type already are not copied.
+    """Return the ids as a contiguous array of type `id_type`. Ids that have this type are not copied.
 
     Raises ValueError for an id that the type cannot hold.
     """
@@ -126,14 +127,19 @@ def with_id_type(ids: npt.NDArray[np.integer], id_type: np.dtype[np.integer]) ->
 
 
 def initial_digest(canonical_configuration: bytes, seed: int) -> bytes:
-    """The digest d_0 with which a new run starts, 32 bytes."""
+    """Return the digest d_0 with which a new run starts, 32 bytes, from its configuration and seed."""
     return hashlib.sha256(
         b"maskwire.v1.config\0" + canonical_configuration + struct.pack("<q", seed)
     ).digest()
 
 
 def step_digest(previous: bytes, lineage: int, step: int, payload: bytes, outcome: int) -> bytes:
-    """The digest d_s after step s, 32 bytes, from d_(s-1), the step's payload hash and its `StepOutcome`."""
+    """Return the digest after a step, 32 bytes.
+
+    previous: The digest after the previous step.
+    payload: The payload hash of the step.
+    outcome: The number of the step's `StepOutcome`.
+    """
     return hashlib.sha256(
         b"maskwire.v1.step\0"
         + previous
@@ -144,5 +150,5 @@ def step_digest(previous: bytes, lineage: int, step: int, payload: bytes, outcom
 
 
 def lineage_digest(parent: bytes, lineage: int) -> bytes:
-    """The digest with which a restore starts `lineage`, 32 bytes."""
+    """Return the digest with which a restore starts `lineage`, 32 bytes, from the checkpoint's digest."""
     return hashlib.sha256(b"maskwire.v1.lineage\0" + parent + struct.pack("<q", lineage)).digest()

@@ -1,4 +1,4 @@
-"""Decides which steps are traced, unless the environment does: tracing each short step would be slow."""
+"""The default sampler of traces. It limits their rate, because tracing every short step would be slow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.util.types import Attributes
 
 TRACES_PER_SECOND = 10
-"""Enough for each step that takes 100 ms or longer."""
+"""The most traces per second: enough to trace every step that takes 100 ms or longer."""
 
 
 class RateLimited(Sampler):
-    """Samples at most `rate` traces per second, and after a pause up to `rate` at once."""
+    """A sampler that keeps at most `rate` traces per second, or up to `rate` at once after a pause."""
 
     def __init__(self, rate: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate = rate
@@ -35,7 +35,7 @@ class RateLimited(Sampler):
         links: Sequence[Link] | None = None,  # noqa: ARG002
         trace_state: TraceState | None = None,  # noqa: ARG002
     ) -> SamplingResult:
-        """See `opentelemetry.sdk.trace.sampling.Sampler`."""
+        """Keep the trace if the rate allows it, otherwise drop it. Part of OpenTelemetry's `Sampler`."""
         with self._lock:
             now = self._clock()
             self._left = min(self._rate, self._left + self._rate * (now - self._at))
@@ -46,10 +46,10 @@ class RateLimited(Sampler):
             return SamplingResult(Decision.RECORD_AND_SAMPLE, attributes)
 
     def get_description(self) -> str:
-        """See `opentelemetry.sdk.trace.sampling.Sampler`."""
+        """Return the sampler's name and rate. Part of OpenTelemetry's `Sampler`."""
         return f"RateLimited{{{self._rate:g} per second}}"
 
 
 def default_sampler() -> Sampler:
-    """Return a sampler that follows the parent's decision, and starts at most TRACES_PER_SECOND."""
+    """Return a sampler that follows the parent span, and starts at most TRACES_PER_SECOND traces itself."""
     return ParentBased(RateLimited(TRACES_PER_SECOND))

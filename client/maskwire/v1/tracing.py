@@ -1,7 +1,7 @@
-"""OpenTelemetry traces, for server and client. The packages come with the extra `telemetry`.
+"""OpenTelemetry traces of server and client. The extra `telemetry` installs the packages.
 
-Traces are on if the environment says where to send them; otherwise nothing is imported. The client also uses
-what the program itself has set up.
+Traces are on if an environment variable names the endpoint to send them to; otherwise OpenTelemetry is not
+imported. The client also uses a tracer provider that the program itself has set up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""One of these turns traces on, unless OTEL_SDK_DISABLED is true."""
+"""Environment variables: any of these turns traces on, unless OTEL_SDK_DISABLED is true."""
 TRACE_HEADER = "traceparent"
 """The key of the W3C trace context in a call's metadata."""
 EXIT_SECONDS = 2.0
@@ -28,13 +28,13 @@ _NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.tra
 
 
 def configured() -> bool:
-    """Whether the environment says where to send traces."""
+    """Whether an environment variable names an endpoint for traces, and traces are not disabled."""
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     return not disabled and any(os.environ.get(name) for name in ENDPOINTS)
 
 
 def missing() -> str:
-    """What to install, if the packages for traces are missing; else empty."""
+    """Return a message that says what to install if packages for traces are missing; otherwise empty."""
     try:
         found = all(find_spec(name) is not None for name in _NEEDS)
     except ModuleNotFoundError:
@@ -43,7 +43,7 @@ def missing() -> str:
 
 
 def program_provider() -> TracerProvider | None:
-    """The provider that the program itself has set up, if any."""
+    """Return the tracer provider that the program itself has set up; None if there is none."""
     if "opentelemetry.sdk.trace" not in sys.modules:
         return None
     from opentelemetry import trace
@@ -55,9 +55,11 @@ def program_provider() -> TracerProvider | None:
 
 @functools.cache
 def exporting_provider(service: str) -> TracerProvider:
-    """Return a provider that exports by OTLP over HTTP, as the standard environment variables say.
+    """Return a tracer provider that exports traces by OTLP over HTTP.
 
-    Unless OTEL_TRACES_SAMPLER says otherwise, it starts at most TRACES_PER_SECOND traces per second.
+    OpenTelemetry's standard environment variables configure it. Unless OTEL_TRACES_SAMPLER is set, it starts
+    at most TRACES_PER_SECOND traces per second. `service` is the service's name if OTEL_SERVICE_NAME is not
+    set.
     """
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
@@ -78,7 +80,7 @@ def exporting_provider(service: str) -> TracerProvider:
 
 
 def end(provider: TracerProvider, seconds: float = EXIT_SECONDS) -> None:
-    """Send the remaining spans, for at most `seconds`: an unresponsive collector must not delay an exit."""
+    """Send the remaining spans, for at most `seconds`, so that a slow collector does not delay an exit."""
     ending = threading.Thread(target=provider.shutdown, name="maskwire-traces", daemon=True)
     ending.start()
     ending.join(seconds)

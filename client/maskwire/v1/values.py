@@ -1,4 +1,4 @@
-"""Values that server and client share. Losses are in nats; None means absent, never 0."""
+"""Values that server and client share. Losses are in nats. An absent value is None, not 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class _Known(enum.IntEnum):
-    """An enum of the protocol. Values of a newer server become UNKNOWN."""
+    """An enum of the protocol. A value that only newer versions have becomes UNKNOWN."""
 
     @classmethod
     def _missing_(cls, value: object) -> _Known | None:  # noqa: ARG003
@@ -18,10 +18,10 @@ class _Known(enum.IntEnum):
 
 
 class Outcome(_Known):
-    """Outcome of a consumed step."""
+    """The outcome of a step: whether its update was applied and, if not, why."""
 
     UNKNOWN = 0
-    """An outcome of a newer server."""
+    """An outcome that only newer versions have."""
     APPLIED = 1
     """The update was applied."""
     SKIPPED_NON_FINITE = 2
@@ -29,16 +29,17 @@ class Outcome(_Known):
     OUT_OF_MEMORY = 3
     """The device ran out of memory before the update: the step counts, the weights did not change."""
     POISON = 4
-    """The batch crashed the server several times and was set aside: the weights did not change."""
+    """The batch crashed the server several times and is quarantined: the step counts, the weights did not
+    change."""
 
 
 class RunState(_Known):
-    """State of the run."""
+    """The state of a run, as the server's status reports it."""
 
     UNKNOWN = 0
-    """A state of a newer server."""
+    """A state that only newer versions have."""
     RECOVERING = 1
-    """A checkpoint is loaded and the journal replayed."""
+    """The server loads a checkpoint and replays the journal."""
     SERVING = 2
     """Steps are admitted."""
     RESTORING = 3
@@ -55,12 +56,15 @@ class RunState(_Known):
 
 @dataclass(frozen=True)
 class TokenizerDescription:
-    """A tokenizer, and the ids that its documents begin and end with; a run keeps the one of its data."""
+    """A tokenizer, and the special ids with which its documents begin and end.
+
+    A run keeps the description of the tokenizer of its training data.
+    """
 
     name: str
-    """"bytes", or "sha256:" and the hash of the tokenizer's file."""
+    """"bytes", or "sha256:" followed by the hash of the tokenizer's file."""
     file: bytes = b""
-    """The content of the tokenizer's file, a tokenizer.json; empty for bytes."""
+    """The content of the tokenizer's file (tokenizer.json); empty for the tokenizer "bytes"."""
     document_start: tuple[int, ...] = ()
     """The special ids that each document begins with, such as BOS."""
     document_end: tuple[int, ...] = ()
@@ -68,7 +72,7 @@ class TokenizerDescription:
 
     @property
     def digest(self) -> str:
-        """A hash by which a client sees whether the run keeps the same description."""
+        """The SHA-256 of this description, in hexadecimal. A client compares it with the run's."""
         parts = [self.name, list(self.document_start), list(self.document_end)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -80,67 +84,68 @@ class Losses:
     loss: float
     """What training minimises."""
     generator_loss: float | None = None
-    """The generator's masked cross-entropy; None: only the critic was trained."""
+    """The generator's masked cross-entropy; None if only the critic was trained."""
     critic_loss: float | None = None
-    """The critic's binary cross-entropy; None: no critic, or only the generator was trained."""
+    """The critic's binary cross-entropy; None if there is no critic or only the generator was trained."""
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row's sum, so that evaluations combine exactly."""
+    """The loss of one row of an evaluation, as a sum, so that several evaluations can be combined exactly."""
 
     row_id: int
     """The row's id."""
     nats: float
-    """The row's negative ELBO or, by the chain rule, its negative log-likelihood."""
+    """The row's negative ELBO or, with the chain rule, its negative log-likelihood, in nats."""
     tokens: int
-    """The row's maskable positions."""
+    """The number of the row's maskable positions."""
     half_difference: float | None = None
-    """First half of the draws minus the second half, in nats; it gives the error of the draws."""
+    """The scaled difference between the means over the first and the second half of the draws, in nats. It
+    gives the Monte Carlo error. None for a single draw."""
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Numerators and denominators of an evaluation's losses, which add up over several calls."""
+    """Numerators and denominators of an evaluation's losses. Add them up to combine several calls."""
 
     generator_nats: float = 0.0
-    """The generator's loss times its weight."""
+    """The numerator of the generator's loss: the loss times `generator_weight`."""
     generator_weight: float = 0.0
-    """What the generator's loss is a mean over."""
+    """The denominator of the generator's loss."""
     critic_nats: float | None = None
-    """The critic's loss times its weight; None: no critic."""
+    """The numerator of the critic's loss: the loss times `critic_weight`; None if there is no critic."""
     critic_weight: float | None = None
-    """What the critic's loss is a mean over; None: no critic."""
+    """The denominator of the critic's loss; None if there is no critic."""
     critic_loss_weight: float = 1.0
-    """The critic's share of the total loss."""
+    """The factor of the critic's loss in the total loss."""
 
 
 @dataclass(frozen=True)
 class FractionResult:
-    """The part of an evaluation whose masked fraction is in (low, high]."""
+    """The part of an evaluation in which the masked fraction is above `low` and at most `high`."""
 
     low: float
     """The lower end, exclusive."""
     high: float
     """The upper end, inclusive."""
     nats_per_masked_token: float | None
-    """None: nothing was masked in this part."""
+    """The mean cross-entropy of the masked positions, in nats; None if nothing was masked."""
     accuracy: float | None
-    """The share of masked positions whose most probable token was right; None: nothing was masked."""
+    """The share of masked positions whose most probable token was right; None if nothing was masked."""
     masked_tokens: int
     """The number of masked positions."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The served model."""
+    """Properties of the model that the server trains and serves."""
 
     num_tokens: int
-    """The size of the vocabulary, the mask id included."""
+    """The size of the vocabulary, including the mask id."""
     mask_id: int
-    """The id that stands for a masked position; refused in data."""
+    """The id at masked positions. Data that contains it is refused."""
     pad_id: int | None
-    """The id that stands for padding; None: the model has none."""
+    """The id that marks padding; None if the model has none."""
     max_seq_len: int
     """The longest row that the model takes, in tokens."""
     parameters: int
@@ -148,11 +153,11 @@ class ModelInfo:
     objective: str
     """The objective, in words: preset, schedule, masking and weighting."""
     loss_is_bound: bool
-    """Whether the generator's loss estimates a bound on the likelihood."""
+    """Whether the generator's loss estimates an upper bound on the negative log-likelihood."""
     has_critic: bool
     """Whether the model has a critic."""
     self_cond: bool = False
-    """Self-conditioning: each pass of an evaluation or generation runs the model twice."""
+    """Whether the model uses self-conditioning: each pass of an evaluation or generation runs it twice."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,7 @@ class Limits:
     max_batch_tokens: int
     """The most positions (rows times columns) in one batch."""
     max_message_bytes: int
-    """The largest message."""
+    """The size of the largest message, in bytes."""
     window: int
     """The most steps in flight in a session."""
     max_draws: int
@@ -170,12 +175,12 @@ class Limits:
     max_generation_steps: int = 1024
     """The most unmasking passes per row."""
     max_read_tokens: int = 2**26
-    """The most positions that one evaluation or generation may compute; 0: the server does not say."""
+    """The most positions that one evaluation or generation may compute; 0 if the server does not say."""
 
 
 @dataclass(frozen=True)
 class InexactReplay:
-    """Steps that recovery recomputed with results that were close to the recorded ones but not equal."""
+    """A range of steps that recovery recomputed with results that differ from the recorded ones."""
 
     lineage: int
     """The lineage of the steps."""
@@ -184,40 +189,40 @@ class InexactReplay:
     last_step: int
     """The last of the steps."""
     accepted: bool
-    """An operator accepted the difference; otherwise it was within the tolerance for rounding."""
+    """Whether an operator accepted the difference. If not, it was within the tolerance for rounding."""
 
 
 @dataclass(frozen=True)
 class MirrorStatus:
-    """Which part of a run its mirror, an object store, holds."""
+    """How much of a run has been uploaded to its mirror in an object store."""
 
     address: str
-    """Where the mirror is."""
+    """The address of the mirror."""
     acknowledge: str
-    """"local", or "mirrored": answers wait until the mirror holds the steps that they report."""
+    """"local", or "mirrored" if answers wait until the mirror has the steps that they report."""
     lineage: int
     """The lineage of `step`."""
     step: int
-    """The newest step in the mirror; 0: none."""
+    """The newest step in the mirror; 0 if it has none."""
     segment: int
     """The number of the newest segment of records."""
     seconds_since_segment: float
-    """How long ago that segment was written."""
+    """Seconds since that segment was written."""
     checkpoint: str
-    """The newest checkpoint in the mirror; empty: none."""
+    """The newest checkpoint in the mirror; empty if it has none."""
     problem: str
-    """Why nothing can be uploaded now; empty: uploads succeed."""
+    """Why nothing can be uploaded now; empty if uploads succeed."""
     restored: str
-    """From which point the run was last restored from the mirror, in words; empty: never."""
+    """The point from which the run was last restored from the mirror, in words; empty if it never was."""
     uploaded_bytes: int
-    """Size of the batches that this process has uploaded."""
+    """The size of the batches that this process has uploaded, in bytes."""
     failures: int
-    """Failed uploads, each of which was or will be retried."""
+    """The number of failed uploads. Each was or will be retried."""
 
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """Position of the run after a restore."""
+    """The position of a run after one of its checkpoints was restored."""
 
     lineage: int
     """The number of the new lineage."""
@@ -231,10 +236,10 @@ _SHARD = re.compile(r"([a-z]+)-r\d+-\d+\.safetensors")
 
 
 def unsharded_name(name: str) -> str:
-    """Return the name that a checkpoint's file would have if one process wrote it.
+    """Return the name that a checkpoint's file would have if a single process had written the checkpoint.
 
-    For `model-r0002-001.safetensors`, written by rank 2, it is `model.safetensors`: the file holds a part of
-    its tensors. Other names are returned as they are.
+    For `model-r0002-001.safetensors`, which rank 2 wrote, the result is `model.safetensors`: the first file
+    holds a part of the tensors of the second. Other names are returned unchanged.
     """
     found = _SHARD.fullmatch(name)
     return f"{found[1]}.safetensors" if found else name

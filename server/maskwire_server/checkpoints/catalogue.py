@@ -1,8 +1,8 @@
-"""The catalogue: which checkpoints a run has, without reading its folder.
+"""The catalogue of a run's checkpoints, in memory, so that listing them does not read their folders.
 
-The folders are authoritative. A start reads them. From then on the catalogue is updated on every save,
-deletion and re-read of a folder. Threads read it from memory; the journal holds a copy in a table, so that
-the checkpoints of a run are known even if its folder is lost.
+The folders are authoritative. The server reads them when it starts, and then updates the catalogue on every
+save, deletion and re-read of a folder. A table of the journal holds a copy, so that the checkpoints of a run
+are known even if their folder is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Catalogue:
-    """The complete checkpoints in the run's folder. Safe from any thread."""
+    """The complete checkpoints in the folder of a run. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._provenance = Provenance()
@@ -31,11 +31,11 @@ class Catalogue:
 
     @property
     def run_id(self) -> str:
-        """The run's id; empty until `load`."""
+        """The run's id; empty until `load` is called."""
         return self._provenance.run_id
 
     def load(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
-        """Load the manifests of the folder, and note whether the journal's table differs from them."""
+        """Set the manifests that were found in the folder, and note whether the journal's table differs."""
         found = {manifest.info.name: manifest for manifest in manifests}
         recorded = journal.checkpoints()
         with self._lock:
@@ -47,15 +47,15 @@ class Catalogue:
         self.look_up(journal)
 
     def look_up(self, journal: Journal) -> None:
-        """Look up the steps of checkpoints in the journal, unless they were found before."""
+        """Look up the steps of all checkpoints in the journal, except steps that were found before."""
         self._provenance.look_up(journal, list(self._manifests.values()))
 
     def expect(self, position: HistoryPosition, save_id: str) -> None:
-        """Note a durable position whose checkpoint is about to be written, and its recorded save."""
+        """Register a checkpoint that is about to be written: its durable position and recorded save id."""
         self._provenance.expect(position, save_id)
 
     def put(self, manifest: Manifest) -> None:
-        """Add a complete checkpoint that is in the folder, or replace it."""
+        """Add a complete checkpoint, or replace the one that has its name."""
         name = manifest.info.name
         with self._lock:
             if self._manifests.get(name) != manifest:
@@ -63,14 +63,14 @@ class Catalogue:
                 self._unrecorded[name] = manifest
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint: no complete one has this name any more."""
+        """Remove the checkpoint of this name, because no complete checkpoint has the name any more."""
         with self._lock:
             if name in self._manifests:
                 self._manifests = {key: value for key, value in self._manifests.items() if key != name}
                 self._unrecorded[name] = None
 
     def names(self) -> set[str]:
-        """The names of all checkpoints in the folder, wherever they come from."""
+        """The names of all checkpoints in the folder, including those that belong to another run."""
         return set(self._manifests)
 
     def own(self) -> list[Manifest]:
@@ -89,7 +89,7 @@ class Catalogue:
     # The journal's table.
 
     def record(self, journal: Journal) -> dict[str, Manifest | None]:
-        """Write the changes to the journal, within a transaction; `recorded` takes what this returns."""
+        """Write the changes to the journal's table within a transaction, and return them for `recorded`."""
         with self._lock:
             rebuild, changes = self._rebuild, dict(self._unrecorded)
         if rebuild:
@@ -111,7 +111,7 @@ class Catalogue:
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the journal's table holds what the catalogue does."""
+        """Whether the journal's table has the same checkpoints as the catalogue."""
         return not (self._rebuild or self._unrecorded)
 
 

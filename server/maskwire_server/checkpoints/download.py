@@ -1,4 +1,4 @@
-"""Downloads: the files of a checkpoint in chunks, checked against the manifest."""
+"""Downloads of checkpoints: read files in chunks, and check them against the manifest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CHUNK_BYTES = 2**20
 
 
 def read(checkpoints: Checkpoints, request: DownloadRequest) -> Iterator[Chunk]:
-    """The requested chunks; the checkpoint is not deleted until the iterator ends or is closed.
+    """Yield the requested files in chunks. The checkpoint is kept until the iterator ends or is closed.
 
-    Raises Refused: CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED, INVALID_FIELD.
+    Raises Refused with CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED or INVALID_FIELD.
     """
     with checkpoints.reading(request.name) as manifest:
         for file in _chosen(checkpoints, manifest, request):
@@ -33,7 +33,7 @@ def _chosen(checkpoints: Checkpoints, manifest: Manifest, request: DownloadReque
         if not found:
             raise Refused(
                 "CHECKPOINT_NOT_FOUND",
-                f"checkpoint {request.name!r} has no file {request.file!r}; it has: "
+                f"checkpoint {request.name!r} has no file {request.file!r}; request one of its files: "
                 f"{', '.join(file.name for file in files)}",
                 name=request.name,
                 file=request.file,
@@ -41,7 +41,7 @@ def _chosen(checkpoints: Checkpoints, manifest: Manifest, request: DownloadReque
         if request.offset > found[0].size_bytes:
             raise invalid_field(
                 "offset_bytes",
-                f"offset_bytes must be at most the file's {found[0].size_bytes}, got {request.offset}",
+                f"offset_bytes must be at most {found[0].size_bytes}, the file's size, got {request.offset}",
             )
         return found
     if request.weights_only:
@@ -73,7 +73,7 @@ def _damaged(checkpoints: Checkpoints, manifest: Manifest, file: FileInfo, probl
     checkpoints.doubt(name)
     return Refused(
         "CHECKPOINT_DAMAGED",
-        f"checkpoint {name!r}: {file.name} {problem}; download another",
+        f"checkpoint {name!r} is damaged: {file.name}: {problem}; download another checkpoint",
         name=name,
         problem=f"{file.name} {problem}",
     )

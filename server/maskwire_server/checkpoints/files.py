@@ -1,4 +1,4 @@
-"""The files of one checkpoint: written and read back, described and checked by size and SHA-256."""
+"""The files of one checkpoint: write them, read them back, and describe them by size and SHA-256."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import FileInfo
 
 NOT_A_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a damaged manifest raises."""
+"""The exceptions that reading a damaged manifest can raise."""
 _SAVED = {".safetensors", ".json", ".draft"}
 PARTS = "parts-"
 """The prefix of the name of the folder in which several ranks write the files of a checkpoint."""
@@ -27,19 +27,19 @@ class Snapshot(Protocol):
     """A copy of the trainer's state in host memory."""
 
     def write(self, folder: Path) -> Sequence[FileInfo] | None:
-        """Write the state's files into `folder`, except those that exist already; the caller flushes them.
+        """Write the state's files into `folder`, except files that exist already. The caller flushes them.
 
-        Returns the files that several ranks have written, which are durable; None if there is one rank.
+        If several ranks wrote the files and made them durable, these files are returned; otherwise None.
         """
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest durably and atomically."""
+    """Write a manifest into a checkpoint's folder, durably and atomically."""
     write_manifest_bytes(folder, manifest.to_json())
 
 
 def write_manifest_bytes(folder: Path, data: bytes) -> None:
-    """Write an encoded manifest, as durably and atomically as `write_manifest` does."""
+    """Write an encoded manifest into a checkpoint's folder, durably and atomically."""
     draft = folder / (MANIFEST + ".draft")
     with draft.open("wb") as file:
         file.write(data)
@@ -52,7 +52,7 @@ def write_manifest_bytes(folder: Path, data: bytes) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint's folder; None if it is missing, damaged or of another name."""
+    """The manifest in a checkpoint's folder; None if it is missing, damaged, or names another checkpoint."""
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
     except NOT_A_MANIFEST as error:
@@ -86,7 +86,7 @@ def flush(path: Path) -> FileInfo:
 
 
 def described(path: Path, linked: Mapping[str, FileInfo], of_ranks: Mapping[str, FileInfo]) -> FileInfo:
-    """Make a file durable and describe it, unless a rank did so, or it is a link to a durable file."""
+    """Describe a file. First make it durable, unless a rank did so or it is a link to a durable file."""
     name = path.name
     if name in of_ranks:
         return of_ranks[name]
@@ -94,7 +94,7 @@ def described(path: Path, linked: Mapping[str, FileInfo], of_ranks: Mapping[str,
 
 
 def describe(path: Path, *, from_disk: bool = False) -> FileInfo:
-    """Describe a file as a manifest lists it; `from_disk` reads it from the disk, not the page cache."""
+    """Return a file's name, size and SHA-256. `from_disk` reads the disk instead of the page cache."""
     with path.open("rb") as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

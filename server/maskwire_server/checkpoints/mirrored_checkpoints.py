@@ -1,8 +1,8 @@
-"""The checkpoints in a mirror: uploaded, fetched into a restored run, deleted.
+"""The checkpoints in a run's mirror: upload them, download them for a restored run, and delete them.
 
     checkpoints/NAME.HASH/  *.safetensors  *.json  manifest.json
 
-The manifest is written last; a folder without one is no checkpoint. HASH is the start of the manifest's
+The manifest is written last. A folder without one is not a checkpoint. HASH is the start of the manifest's
 SHA-256, so that two servers never write the same object.
 """
 
@@ -40,7 +40,7 @@ _OF_A_CHECKPOINT = re.compile(rf"{FOLDER}/.+\.[0-9a-f]{{16}}")
 
 
 class MirroredCheckpoints:
-    """The complete checkpoints of the run's own history in its mirror. Safe from any thread."""
+    """The complete checkpoints of the run's own history in its mirror. Safe to use from any thread."""
 
     def __init__(self, store: ObjectStore, checkpoints: Checkpoints) -> None:
         self._store = store
@@ -51,9 +51,10 @@ class MirroredCheckpoints:
         self._changing = threading.Lock()  # held while `_there` is replaced
 
     def read_all(self) -> dict[str, tuple[Manifest, bytes]]:
-        """Every complete checkpoint in the mirror by its folder, with the bytes of its manifest.
+        """Return the manifest of every complete checkpoint in the mirror, decoded and as bytes, by folder.
 
-        Called before this server uploads any: an upload that is not complete by then is another server's.
+        Must be called before this server uploads a checkpoint, because incomplete uploads that it finds are
+        taken for those of another server.
         """
         there = self._store.names(FOLDER)
         names = [name for name in there if name.endswith(f"/{MANIFEST}")]
@@ -72,35 +73,40 @@ class MirroredCheckpoints:
                 continue
             absent = {f"{folder}/{file.name}" for file in manifest.info.files}.difference(there)
             if absent:
-                log.error("%s/%s is missing: the checkpoint is not used", self._store.address, min(absent))
+                log.error(
+                    "%s/%s is missing: the checkpoint is not used, and is uploaded again if it is in the run "
+                    "directory",
+                    self._store.address,
+                    min(absent),
+                )
                 continue
             found[folder] = manifest, data
         return found
 
     def load(self, found: dict[str, Manifest]) -> None:
-        """Set the checkpoints that the mirror has of the run's own history."""
+        """Set which checkpoints of the run's own history the mirror has: manifests by folder."""
         self._there = dict(found)
 
     def holds(self, info: CheckpointInfo) -> bool:
-        """Whether the mirror has a checkpoint."""
+        """Whether the mirror has this checkpoint."""
         return any(manifest.info == info for manifest in self._there.values())
 
     @property
     def newest(self) -> Manifest | None:
-        """The newest checkpoint in the mirror."""
+        """The newest checkpoint in the mirror; None if it has none."""
         return next(iter(newest_first(self._there.values())), None)
 
     def newest_of(self, segments: list[Segment]) -> Manifest | None:
-        """The newest checkpoint of an ancestry in the mirror."""
+        """The newest checkpoint in the mirror that is on the ancestry `segments`; None if there is none."""
         return next(iter(newest_first(retention.on_path(self._there.values(), segments))), None)
 
     def missing(self) -> list[Manifest]:
-        """The checkpoints of the run directory that the mirror lacks, newest first."""
+        """The run's own checkpoints in the run directory that the mirror lacks, newest first."""
         there = {manifest.to_json() for manifest in self._there.values()}
         return [manifest for manifest in self._checkpoints.own() if manifest.to_json() not in there]
 
     def upload(self, manifest: Manifest) -> None:
-        """Upload one checkpoint, unless it is there. Raises StoreError; Refused if it is gone or damaged."""
+        """Upload a checkpoint that the mirror lacks. Raises StoreError; Refused if it is gone or damaged."""
         with self._uploading:
             if any(each.to_json() == manifest.to_json() for each in self._there.values()):
                 return
@@ -112,7 +118,7 @@ class MirroredCheckpoints:
                 self._checkpoints.unpin(name, _UPLOADED)
 
     def upload_newest(self, lineages: dict[int, Lineage]) -> None:
-        """Upload the newest intact checkpoint of the ancestry, unless it is there. Raises StoreError."""
+        """Upload the newest intact checkpoint of the ancestry if the mirror lacks it. Raises StoreError."""
         path = retention.on_path(self._checkpoints.own(), ancestry(lineages, max(lineages)))
         for manifest in path:
             try:
@@ -131,8 +137,8 @@ class MirroredCheckpoints:
             if not _is_intact(path / file.name, file):
                 raise Refused(
                     "CHECKPOINT_DAMAGED",
-                    f"{file.name} is missing or does not match its manifest; save again, and delete this "
-                    "checkpoint if it is still listed then",
+                    f"its file {file.name} is missing or does not match the manifest; save a new checkpoint, "
+                    "then delete this one if it is still listed",
                     name=manifest.info.name,
                 )
             self._store.put_file(f"{folder}/{file.name}", path / file.name)
@@ -145,17 +151,24 @@ class MirroredCheckpoints:
         failpoints.passing("mirror.checkpoint_uploaded")
 
     def _copy_twin(self, file: FileInfo, folder: str) -> bool:
-        """Copy a file, such as weights that are never trained, from another checkpoint there, if one has it.
+        """Copy a file from another checkpoint in the mirror that has it; return False if there is none.
 
-        The content of the copy is not compared: to hash it, it would be downloaded. A restore does that.
+        For example, all checkpoints share weights that are never trained. The copy is not verified, because
+        that would require a download. A restore verifies it.
         """
         for twin in [each for each, manifest in self._there.items() if file in manifest.info.files]:
-            # Looked up first: a copy that fails is retried, also if the object is gone.
+            # Check that the object exists, because a copy that fails is retried even if the object is gone.
             if f"{twin}/{file.name}" in self._store.names(twin):
                 self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
                 return True
-            log.error("%s/%s/%s is missing: the checkpoint is not used", self._store.address, twin, file.name)
-            self._forget(twin)  # `missing` names it, if it is still here, and it is uploaded again
+            log.error(
+                "%s/%s/%s is missing: the checkpoint is not used, and is uploaded again if it is in the run "
+                "directory",
+                self._store.address,
+                twin,
+                file.name,
+            )
+            self._forget(twin)  # `missing` then returns it if it is in the run directory
         return False
 
     def _forget(self, folder: str) -> None:
@@ -166,13 +179,13 @@ class MirroredCheckpoints:
     # Deleting.
 
     def collectable(self, lineages: dict[int, Lineage], lineage: int, *, batches: bool) -> list[str]:
-        """The checkpoint folders that can be deleted from the mirror, and with `batches` the batch objects.
+        """Return the checkpoint folders, and with `batches` the batch objects, to delete from the mirror.
 
-        Checkpoints that the run directory has are kept, and so is all that a restore may need. What an
-        earlier server left of an unfinished upload is deleted. That server may still be uploading, if it has
-        not noticed yet that it is fenced. This is safe: a segment announces each deletion first, and a server
-        that restores the run reads that segment. If this server is fenced too, it cannot write the segment,
-        and deletes nothing.
+        Checkpoints in the run directory are kept, and so is everything that a restore may need. Unfinished
+        uploads of earlier servers are deleted, although such a server may still be uploading if it has not
+        noticed that it is fenced. This is safe: a segment announces each deletion first, and a server that
+        restores the run reads that segment. If this server is fenced too, it cannot write the segment, and
+        deletes nothing.
         """
         there = newest_first(self._there.values())
         needed = retention.needed(there, lineages, lineage).keys()
@@ -196,7 +209,7 @@ class MirroredCheckpoints:
         return gone
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete objects that a segment has announced; of a checkpoint, the manifest first."""
+        """Delete objects whose deletion a segment has announced. A checkpoint's manifest is deleted first."""
         for name in names:
             failpoints.passing("mirror.deleting")
             if name.startswith(f"{FOLDER}/"):
@@ -212,7 +225,10 @@ class MirroredCheckpoints:
     # Restoring.
 
     def fetch(self, journal: Journal, gone: tuple[str, ...]) -> None:
-        """Download the checkpoints of the run's history that the run directory lacks, newest first."""
+        """Download the checkpoints of the run's history that the run directory lacks, newest first.
+
+        Folders in `gone` are skipped, because their deletion was announced.
+        """
         found = {folder: each for folder, each in self.read_all().items() if folder not in gone}
         own = members(journal, {folder: manifest for folder, (manifest, _) in found.items()})
         make_folder(self._checkpoints.folder)
@@ -231,7 +247,8 @@ class MirroredCheckpoints:
             there = self._store.get_file(f"{folder}/{file.name}", path / file.name)
             if not there or flush(path / file.name) != file:
                 log.error(
-                    "%s/%s/%s is missing or does not match its manifest; the checkpoint is not restored",
+                    "%s/%s/%s is missing or does not match its manifest; the run is restored without this "
+                    "checkpoint",
                     self._store.address,
                     folder,
                     file.name,
@@ -244,7 +261,7 @@ class MirroredCheckpoints:
 
 
 def _is_intact(path: Path, file: FileInfo) -> bool:
-    """Whether a file is as its manifest lists it."""
+    """Whether a file has the size and SHA-256 that its manifest lists."""
     try:
         return describe(path) == file
     except OSError as error:
@@ -254,12 +271,12 @@ def _is_intact(path: Path, file: FileInfo) -> bool:
 
 
 def _name(folder: str) -> str:
-    """The name of the checkpoint in a folder of the mirror."""
+    """The name of the checkpoint that a folder of the mirror holds."""
     return folder.removeprefix(f"{FOLDER}/").rpartition(".")[0]
 
 
 def members(journal: Journal, found: dict[str, Manifest]) -> dict[str, Manifest]:
-    """The checkpoints that belong to the run's history: a server that was fenced may leave others."""
+    """Select the checkpoints that belong to the run's history. A fenced server may have uploaded others."""
     saves, run_id, lineages = recorded_saves(journal), journal.fact("run_id"), journal.lineages()
     own = {}
     for folder, manifest in found.items():

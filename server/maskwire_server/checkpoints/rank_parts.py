@@ -1,4 +1,4 @@
-"""The files of a checkpoint that several ranks write: in a folder of their own until all are durable."""
+"""The files of a checkpoint that several ranks write, in a separate folder until all are durable."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from maskwire_server.results import FileInfo
 
 
 class PartFiles:
-    """Operations of the ranks on the files that they write. All methods raise OSError."""
+    """Operations on the files of a checkpoint that ranks write. All methods can raise OSError."""
 
     def begin(self, folder: Path) -> Path:
-        """Create a folder for the ranks' files within the checkpoint's folder.
+        """Create a folder for the ranks' files within the checkpoint's folder, and return its path.
 
-        No other save uses it, so that a rank of an earlier group that is still alive cannot change the files
-        of a later checkpoint.
+        Each save has its own, so that a surviving rank of an earlier group cannot change the files of a later
+        checkpoint.
         """
         parts = folder / f"{PARTS}{secrets.token_hex(8)}"
         parts.mkdir()
@@ -31,7 +31,7 @@ class PartFiles:
         return found
 
     def place(self, parts: Path, folder: Path, files: Iterable[FileInfo]) -> None:
-        """Move the files of all ranks into the folder of their checkpoint, durably."""
+        """Move the files of all ranks from `parts` to the checkpoint's folder, and make the move durable."""
         for file in files:
             (parts / file.name).rename(folder / file.name)
         parts.rmdir()

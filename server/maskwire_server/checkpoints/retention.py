@@ -1,8 +1,8 @@
 """Retention: which checkpoints may be deleted, and which batches may be dropped from the journal.
 
-Only the ancestry of the current state counts. Its two newest checkpoints are kept whatever the settings say:
-if one is damaged, recovery starts from the other and recomputes the steps after it, whose batches are
-therefore kept.
+Only checkpoints on the ancestry count: the chain of lineages that leads to the current state. Its two newest
+checkpoints are kept whatever the settings say. If one of them is damaged, recovery starts from the other and
+recomputes the steps after it. The batches of these steps are therefore kept too.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from maskwire_server.manifest import Manifest
 INITIAL = "initial"
 """The prefix of the name of the checkpoint at step 0, if the seed does not make the initial weights."""
 FALLBACKS = 2
-"""How many of the newest checkpoints are kept for a start to fall back on."""
+"""How many of the newest checkpoints are kept so that a restart can fall back on them."""
 
 
 def on_path(manifests: Iterable[Manifest], segments: list[Segment]) -> list[Manifest]:
-    """The checkpoints of the ancestry, in the order given."""
+    """Select the checkpoints that belong to the ancestry `segments`, in the order given."""
     return [
         manifest for manifest in manifests if includes(segments, manifest.info.lineage, manifest.info.step)
     ]
 
 
 def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> dict[str, str]:
-    """The checkpoints that must be kept, and why. `manifests` are the run's own, newest first."""
+    """Return the names of the checkpoints that must be kept, each with the reason.
+
+    `manifests` are the checkpoints of the run's own history, newest first.
+    """
     path = on_path(manifests, ancestry(lineages, lineage))
     why = {manifest.info.name: "a start may need it" for manifest in path[:FALLBACKS]}
     for other in lineages.values():
@@ -43,7 +46,7 @@ def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int
 def collectable(
     manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int, settings: CheckpointsConfig
 ) -> list[str]:
-    """The automatic checkpoints of the ancestry to delete; all other checkpoints are kept."""
+    """Return the names of the automatic checkpoints to delete. All other checkpoints are kept."""
     own = [m.info for m in on_path(manifests, ancestry(lineages, lineage)) if m.automatic]
     scored = sorted((info for info in own if info.score is not None), key=lambda info: info.score or 0.0)
     plain = [info for info in own if info.score is None]
@@ -55,7 +58,10 @@ def collectable(
 
 
 def droppable(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
-    """The steps whose batches no recovery needs: all but those after the second-newest checkpoint."""
+    """Return the steps whose batches no recovery needs: all except those after the second-newest checkpoint.
+
+    The result is empty if there are fewer than two checkpoints.
+    """
     segments = ancestry(lineages, lineage)
     path = on_path(manifests, segments)
     if len(path) < FALLBACKS:

@@ -1,4 +1,4 @@
-"""Saves of a run: checkpoints are named, written, and deleted by retention or on request."""
+"""Saves of a run: name and write checkpoints, and delete them by retention or on request."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 
 
 def kept_sections(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a configuration that a manifest contains."""
+    """Select the sections of a configuration that a checkpoint's manifest records."""
     kept = ("model", "objective", "optimizer")
     return {section: configuration[section] for section in kept if section in configuration}
 
 
 class Saver:
-    """Names, writes, collects and deletes checkpoints. `write`, `collect` and `delete` run one at a time."""
+    """Names, writes and deletes checkpoints. `write`, `collect` and `delete` are called one at a time."""
 
     def __init__(
         self,
@@ -56,11 +56,14 @@ class Saver:
         """The run's own newest checkpoint, as of the last `refresh`."""
 
     def refresh(self) -> None:
-        """Update `newest`."""
+        """Set `newest` to the newest checkpoint of the run's own history."""
         self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
-        """The checkpoint that an earlier try of this request saved. Raises Refused if its name is taken."""
+        """Return the checkpoint that an earlier attempt of this request saved, or None.
+
+        Raises Refused if the name is taken, or if the request id was used with other arguments.
+        """
         if request.request_id is not None:
             for manifest in self._checkpoints.own():
                 if manifest.request_id == request.request_id and self._checkpoints.named(manifest.info.name):
@@ -68,8 +71,8 @@ class Saver:
         if request.name is not None and self._checkpoints.named(request.name):
             raise Refused(
                 "CHECKPOINT_EXISTS",
-                f"the name {request.name!r} is taken; choose another, or give none and the server "
-                "chooses one",
+                f"the checkpoint name {request.name!r} is taken; choose another name, or leave it out and "
+                "the server chooses one",
                 name=request.name,
             )
         return None
@@ -83,7 +86,10 @@ class Saver:
         save_id: str,
         lineages: dict[int, Lineage],
     ) -> CheckpointInfo:
-        """Write the snapshot of a durable position, whose save the journal has recorded. Raises Refused."""
+        """Write a snapshot as a checkpoint, and return its description. Raises Refused.
+
+        `position` must be durable, and the journal must have recorded `save_id`.
+        """
         self._catalogue.expect(position, save_id)
         kind = "step" if request.score is None else "best"
         name = request.name or f"{kind}-{position.step:09d}" + (
@@ -108,10 +114,10 @@ class Saver:
         return info
 
     def collect(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
-        """Delete the checkpoints that retention does not keep; return the steps whose batches nothing needs.
+        """Delete checkpoints that retention does not keep; return the steps whose batches can be dropped.
 
-        First the checkpoints that a start would fall back on are read again from the disk. If one is damaged,
-        it is set aside and nothing is deleted: the next save checks again, with other checkpoints.
+        The checkpoints that a restart would fall back on are first read again from the disk. If one is
+        damaged, it is renamed and nothing is deleted. The next save checks again, with other checkpoints.
         """
         try:
             own = self._checkpoints.own()
@@ -129,7 +135,10 @@ class Saver:
         for manifest in retention.on_path(own, ancestry(lineages, lineage))[: retention.FALLBACKS]:
             problem = self._checkpoints.damage(manifest)
             if problem is not None:
-                log.error("no old checkpoint or batch is deleted until the next save")
+                log.error(
+                    "a checkpoint that a restart would need is damaged: "
+                    "no old checkpoint or batch is deleted until the next save"
+                )
                 self._set_aside(manifest.info.name, problem)
                 intact = False
         return intact
@@ -140,13 +149,13 @@ class Saver:
                 log.info("checkpoint %s deleted by retention", name)
         except OSError as error:  # the next start removes what is left of it
             log.error(
-                "checkpoint %s could not be deleted by retention (%s); the next save or start tries again",
+                "retention could not delete checkpoint %s (%s); the next save or restart tries again",
                 name,
                 error,
             )
 
     def _set_damaged_aside(self, lineages: dict[int, Lineage], lineage: int) -> None:
-        """Set damaged checkpoints aside, newest first, until a start has enough to fall back on."""
+        """Rename damaged checkpoints, newest first, until there are enough intact ones for a restart."""
         intact = 0
         for manifest in retention.on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
             if intact == retention.FALLBACKS:
@@ -177,7 +186,7 @@ class Saver:
         return info
 
     def _free_name(self, manifest: Manifest) -> Manifest:
-        """The manifest with an unused name: the same state may have been saved for another request."""
+        """Return the manifest with an unused name. Another request may have saved the same state before."""
         name, number = manifest.info.name, 1
         while self._checkpoints.taken(name):
             number += 1
@@ -188,15 +197,24 @@ class Saver:
         try:
             aside = self._checkpoints.set_aside(name)
         except FileNotFoundError:
-            log.error("checkpoint %s was removed from checkpoints/ while the server ran", name)
+            log.error(
+                "checkpoint %s was removed from checkpoints/ while the server ran; delete checkpoints with "
+                "`maskwire checkpoint delete` instead",
+                name,
+            )
         else:
-            log.error("checkpoint %s is damaged (%s) and was moved to %s", name, problem, aside)
+            log.error(
+                "checkpoint %s is damaged (%s) and was renamed to checkpoints/%s; check the server's disk",
+                name,
+                problem,
+                aside,
+            )
         self.refresh()
 
     def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
-        """Delete a checkpoint on request. Raises Refused if something needs it."""
+        """Delete a checkpoint on request. Raises Refused if it is needed, in use, or cannot be deleted."""
         self._checkpoints.get(name)
-        self._set_damaged_aside(lineages, lineage)  # so that they do not count as those that a start needs
+        self._set_damaged_aside(lineages, lineage)  # so that a restart is not expected to use them
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
         cure = "save another checkpoint first"
         try:
@@ -207,7 +225,7 @@ class Saver:
             raise Refused(
                 "CHECKPOINT_FAILED",
                 f"checkpoint {name!r} could not be deleted ({error.strerror or error}); check the server's "
-                "disk",
+                "disk, then delete it again",
                 name=name,
             ) from error
         if in_use:
@@ -221,7 +239,7 @@ class Saver:
 
 
 def _is(saved: Manifest, wanted: Manifest) -> bool:
-    """Whether an existing unnamed checkpoint already satisfies this request."""
+    """Whether `saved` has a generated name and is what the save `wanted` would write."""
     one, other = saved.info, wanted.info
     return (
         (one.lineage, one.step, one.digest) == (other.lineage, other.step, other.digest)
@@ -232,14 +250,14 @@ def _is(saved: Manifest, wanted: Manifest) -> bool:
 
 
 def _same(request: SaveRequest, saved: CheckpointInfo) -> CheckpointInfo:
-    """The checkpoint that this request id saved. Raises Refused if its arguments were different."""
+    """Return `saved`, which has this request's id. Raises Refused if it was saved with other arguments."""
     generated = AUTOMATIC_NAME.fullmatch(saved.name) is not None
     name_fits = generated if request.name is None else request.name == saved.name
     if not name_fits or request.labels != saved.labels or request.score != saved.score:
         raise Refused(
             "PAYLOAD_MISMATCH",
-            f"this request id saved checkpoint {saved.name!r} with other arguments; make a new id for a new "
-            "request",
+            f"this request id was used to save checkpoint {saved.name!r} with other arguments; use a new id "
+            "for a new request",
             name=saved.name,
         )
     return saved

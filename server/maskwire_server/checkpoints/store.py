@@ -1,10 +1,10 @@
-"""The checkpoints of one run directory: written, read, protected while in use, deleted.
+"""The checkpoints of one run directory: write, read, verify and delete them, and protect them while in use.
 
     checkpoints/NAME/  *.safetensors  *.json  manifest.json
                        parts-*/  while several ranks write
 
-Each file is written and flushed, then read back and hashed; the manifest is written last, with each file's
-size and SHA-256 and a hash of itself. Without an intact manifest a checkpoint does not exist.
+Each file is written, flushed, read back and hashed. The manifest is written last, with the size and SHA-256
+of each file and a hash of itself. A folder without an intact manifest is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _ASIDE = ".aside"  # no checkpoint's name contains a dot
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Safe to call from several threads, one `write` at a time.
+    """The checkpoints of one run directory. Several threads may use it, but only one may call `write`.
 
-    A server passes the `catalogue` of its run: then only checkpoints of the run's own history can be chosen.
+    With the `catalogue` of a run, only checkpoints of that run's own history can be used.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Checkpoints:
     def write(self, snapshot: Snapshot, manifest: Manifest) -> Manifest:
         """Write a checkpoint durably, read it back, and return its manifest with the list of files.
 
-        Raises Refused: CHECKPOINT_FAILED if it cannot be written, in which case nothing of it remains;
-        CHECKPOINT_EXISTS if the name is taken.
+        Raises Refused with CHECKPOINT_EXISTS if the name is taken, and with CHECKPOINT_FAILED if the
+        checkpoint cannot be written. Nothing of it remains in that case.
         """
         name = manifest.info.name
         folder = self.path(name)
         if read_manifest(folder) is not None:
-            raise Refused("CHECKPOINT_EXISTS", f"the name {name!r} is taken; choose another", name=name)
+            raise Refused("CHECKPOINT_EXISTS", f"checkpoint {name!r} exists; choose another name", name=name)
         if self.foreign(name):
             raise Refused(
                 "CHECKPOINT_EXISTS",
@@ -130,7 +130,7 @@ class Checkpoints:
         return whole
 
     def _link_frozen(self, folder: Path) -> dict[str, FileInfo]:
-        """Hard-link the files of weights that are never trained, to store them once. Returns those files."""
+        """Hard-link the files of weights that are never trained, to store them once. Return these files."""
         for manifest in self.own():
             files = {f.name: f for f in manifest.info.files if unsharded_name(f.name) == FROZEN_FILE}
             if files and self.verified(manifest):
@@ -143,28 +143,28 @@ class Checkpoints:
         return {}
 
     def foreign(self, name: str) -> bool:
-        """Whether a file or folder of this name exists that no save wrote."""
+        """Whether checkpoints/ has a file or folder of this name that was not written by a save."""
         folder = self.path(name)
         return folder.exists() and not (folder / MANIFEST).exists() and not is_unfinished(folder)
 
     def taken(self, name: str) -> bool:
-        """Whether a save could not use this name."""
+        """Whether this name is taken, so that a save cannot use it."""
         return read_manifest(self.path(name)) is not None or self.foreign(name)
 
     def all(self) -> list[Manifest]:
-        """Read the manifest of every complete checkpoint in the folder, of any origin, newest first."""
+        """Read the manifests of all complete checkpoints in the folder, even of other runs, newest first."""
         folders = list(self.folder.iterdir()) if self.folder.is_dir() else []
         return newest_first(manifest for manifest in map(read_manifest, folders) if manifest is not None)
 
     def own(self) -> list[Manifest]:
         """The checkpoints of the run's own history, newest first, from the catalogue.
 
-        Without a catalogue: every complete checkpoint in the folder, wherever it comes from.
+        Without a catalogue, these are all complete checkpoints in the folder, even those of other runs.
         """
         return self.all() if self._catalogue is None else self._catalogue.own()
 
     def named(self, name: str) -> list[Manifest]:
-        """Read the manifest of one checkpoint, update the catalogue, and return none or one."""
+        """Read a checkpoint's manifest and update the catalogue. Return [manifest], or [] if it has none."""
         if not CHECKPOINT_NAME.fullmatch(name):
             return []
         with self._lock:
@@ -177,7 +177,7 @@ class Checkpoints:
         return [] if manifest is None else [manifest]
 
     def compare(self) -> list[Manifest]:
-        """Compare the names in the folder with the catalogue, and return the checkpoints that it lacked.
+        """Update the catalogue from the names in the folder, and return the checkpoints that it lacked.
 
         An operator may copy checkpoints in, or remove them, while the server runs.
         """
@@ -188,15 +188,15 @@ class Checkpoints:
         return [manifest for name in sorted(there - known) for manifest in self.named(name)]
 
     def unreadable(self) -> dict[str, str]:
-        """Checkpoints whose manifest cannot be read, and why. Raises RunDirectoryError for a newer format."""
+        """Return which manifests cannot be read, and why. Raises RunDirectoryError for a newer format."""
         problems = {}
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             if not CHECKPOINT_NAME.fullmatch(folder.name):
-                continue  # it was set aside
+                continue  # `set_aside` renamed it
             try:
                 name = Manifest.from_json((folder / MANIFEST).read_bytes()).info.name
                 if name != folder.name:
-                    problems[folder.name] = f"{MANIFEST} says that it is {name!r}"
+                    problems[folder.name] = f"{MANIFEST} is that of checkpoint {name!r}"
             except UnknownFormatError as error:
                 raise RunDirectoryError(f"checkpoint {folder.name!r}: {error}") from error
             except (FileNotFoundError, NotADirectoryError):
@@ -208,7 +208,7 @@ class Checkpoints:
         return problems
 
     def get(self, name: str) -> Manifest:
-        """A complete checkpoint by name. Raises Refused: CHECKPOINT_NOT_FOUND or CHECKPOINT_DAMAGED."""
+        """Return a complete checkpoint. Raises Refused with CHECKPOINT_NOT_FOUND or CHECKPOINT_DAMAGED."""
         manifest = next(iter(self.named(name)), None)
         if manifest is None:
             names = ", ".join(m.info.name for m in self.own()[:3]) or "none"
@@ -221,17 +221,17 @@ class Checkpoints:
         if problem is not None:
             raise Refused(
                 "CHECKPOINT_DAMAGED",
-                f"checkpoint {name!r} cannot be used: {problem}; choose one that `checkpoint list` shows, "
-                "and move this folder out of checkpoints/",
+                f"checkpoint {name!r} cannot be used: {problem}; choose one that `maskwire checkpoint list` "
+                "shows, and move this one's folder out of checkpoints/",
                 name=name,
                 problem=problem,
             )
         return manifest
 
     def damage(self, manifest: Manifest) -> str | None:
-        """Read and hash every file of a checkpoint. Return the damage in words, or None.
+        """Read and hash every file of a checkpoint. Return the damage in words, or None if it is intact.
 
-        An unlisted file in a checkpoint of several ranks is damage too: it could be read as part of a tensor.
+        If several ranks wrote it, an unlisted file is damage too: it could be read as a part of a tensor.
         """
         folder = self.path(manifest.info.name)
         self._verified.discard(manifest.info.name)
@@ -260,12 +260,12 @@ class Checkpoints:
         self._verified.discard(name)
 
     def verified(self, manifest: Manifest) -> bool:
-        """Whether a checkpoint's files are intact; reads them unless this process has before."""
+        """Whether a checkpoint's files are intact. They are read unless this process has verified them."""
         return manifest.info.name in self._verified or self.damage(manifest) is None
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Manifest]:
-        """Protect a checkpoint from deletion while it is read. Raises Refused in the same cases as `get`."""
+        """Protect a checkpoint from deletion during a download and for 60 s after. Raises what `get` does."""
         manifest = self.pin(name, _DOWNLOADED)
         try:
             yield manifest
@@ -275,21 +275,21 @@ class Checkpoints:
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
     def pin(self, name: str, reason: str) -> Manifest:
-        """Protect a checkpoint from deletion until `unpin`. Raises Refused in the same cases as `get`."""
+        """Protect a checkpoint from deletion until `unpin` is called. Raises what `get` does."""
         with self._lock:
             manifest = self.get(name)
             self._pins.append((name, reason))
         return manifest
 
     def unpin(self, name: str, reason: str) -> None:
-        """Release a checkpoint that was pinned for this reason."""
+        """End the protection that `pin` gave a checkpoint for `reason`."""
         with self._lock:
             self._pins.remove((name, reason))
 
     def delete(self, name: str) -> str:
         """Delete a checkpoint, its manifest first, so that a partly deleted one never counts as complete.
 
-        Returns "", or why it was not deleted: it is pinned, or being read, or was read in the last minute.
+        Returns "" or, if the checkpoint is in use or was downloaded in the last minute, why it was kept.
         """
         folder = self.path(name)
         with self._lock:
@@ -315,7 +315,7 @@ class Checkpoints:
         return ""
 
     def _in_use(self, name: str) -> str:
-        """Why a checkpoint cannot be deleted now; "" if it can."""
+        """The reason why a checkpoint is in use and cannot be deleted now; "" if it is not in use."""
         lately = _LATELY if self._clock() < self._read_until.get(name, 0.0) else ""
         return next((reason for pinned, reason in self._pins if pinned == name), lately)
 

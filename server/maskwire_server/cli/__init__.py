@@ -40,7 +40,7 @@ def root(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command `maskwire-server`, and exit with its code."""
     streams.protect()
     try:
         app()

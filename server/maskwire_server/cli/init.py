@@ -16,7 +16,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "optimizer": {"name": "muon"},
 }
 """The settings with which the built-in encoder learned fastest in the measurements of docs/recipe.md."""
-_METADATA = "maskwire-data.json"  # of a folder that `maskwire data prepare` wrote
+_METADATA = "maskwire-data.json"  # in each folder that `maskwire data prepare` writes
 
 
 def init(
@@ -33,8 +33,8 @@ def init(
 ) -> None:
     """Write a commented configuration file with every setting.
 
-    All have their default values, except those with which the built-in encoder learns faster: positions, norm
-    and qk_norm of \\[model], the schedule of \\[objective], and Muon as the optimizer.
+    Settings have their default values, except those that make the built-in encoder learn faster: positions,
+    norm and qk_norm in \\[model], schedule in \\[objective], and name in \\[optimizer] (Muon).
     """
     check_extra()
     from maskwire_server.config.model import ModelConfig
@@ -51,7 +51,7 @@ def init(
 
 
 def _model_settings(folder: Path, longest_row: int) -> dict[str, int]:
-    """The settings of [model] that fit prepared data."""
+    """Return the settings of [model] that fit a folder of prepared data."""
     path = folder / _METADATA
     if not path.is_file():
         stop(f"--data must be a folder written by `maskwire data prepare`, but there is no file {path}")
@@ -62,7 +62,7 @@ def _model_settings(folder: Path, longest_row: int) -> dict[str, int]:
             settings["pad_id"] = int(fields["pad_id"])
         if fields.get("row_length"):  # packed rows are never cropped
             settings["max_seq_len"] = int(fields["row_length"])
-        # Rows of prompt-response pairs are padded to the row length, so a longer one than needed costs time.
+        # Rows of prompt-response pairs are padded to the row length, so a needlessly large one costs time.
         elif fields.get("prompts") and fields.get("longest"):
             settings["max_seq_len"] = min(longest_row, int(fields["longest"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -26,8 +26,10 @@ from maskwire_server.cli.options import (
 
 
 def verify(run_dir: Run, as_json: Json = False) -> None:
-    """Check all records, digests, batches and checkpoints of a run directory. Needs no device. Stop the
-    server of the run first."""
+    """Check all records, digests, batches and checkpoints of a run directory.
+
+    Stop the server of the run first. The check needs no GPU.
+    """
     check_extra()
     from maskwire_server.recovery.verify import verify as audit
 
@@ -137,8 +139,8 @@ def replay(
 ) -> None:
     """Recompute a run up to a step and compare its losses with the recorded ones. Changes nothing.
 
-    With serve.keep_payloads = "all", any step can be recomputed, otherwise only steps after the second-newest
-    checkpoint.
+    With serve.keep_payloads = "all", any step can be recomputed; otherwise, only steps after the
+    second-newest checkpoint.
     """
     chosen = loaded(config, run_dir, None, settings)
     start_log(log_level)

@@ -34,7 +34,7 @@ Settings = Annotated[
 
 
 def read_run(read: Callable[[], T]) -> T:
-    """The result of reading a run directory. If it cannot be read, the command exits with code 3."""
+    """Call `read`, which reads a run directory, and return its result. If it fails, exit with code 3."""
     from maskwire_server.errors import RunDirectoryError
 
     try:
@@ -46,7 +46,7 @@ def read_run(read: Callable[[], T]) -> T:
 
 
 def start_log(level_name: str, log_format: str = "text") -> None:
-    """Log to stderr at this level and above. `log_format`: text or json."""
+    """Log messages of this level and above to stderr. `log_format` is text or json."""
     level = logging.getLevelNamesMapping().get(level_name.upper())
     if level is None:
         stop(f"--log-level must be debug, info, warning or error, got {level_name!r}")
@@ -56,7 +56,7 @@ def start_log(level_name: str, log_format: str = "text") -> None:
 
 
 def loaded(config: Path | None, run_dir: Path | None, address: str | None, settings: list[str] | None) -> Any:
-    """The configuration from file, environment and flags. If it is invalid, the command exits with code 2."""
+    """Load the configuration from file, environment and flags. If it is invalid, exit with code 2."""
     check_extra()
     from maskwire_server.config import load
     from maskwire_server.config.sources import FREE_TABLES, decoded

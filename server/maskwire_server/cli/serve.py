@@ -1,4 +1,4 @@
-"""`maskwire-server serve` and `check`."""
+"""`maskwire-server serve` and `check`: serve a run, and check a configuration."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Check a configuration and report its parameters and memory. Exits with 1 if memory is too small."""
+    """Check a configuration and report its parameters and memory. Exits with 1 if the memory is too small."""
     if ranks is None and (memory is not None or nodes > 1):
         stop(f"{'--memory' if memory is not None else '--nodes'} needs --ranks, got none")
     size = None if memory is None else _bytes(memory)
@@ -151,7 +151,7 @@ def check(
 
 
 def _bytes(size: str) -> int:
-    """The number of bytes of a size: 80GiB, or 80GB for powers of 1000."""
+    """Parse a size and return its number of bytes: 80GiB is in powers of 1024, 80GB in powers of 1000."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", size)
     if found is None or not float(found[1]):
         stop(f"--memory must be a size with a unit, for example 80GiB or 80GB, got {size!r}")

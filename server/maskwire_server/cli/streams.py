@@ -20,7 +20,7 @@ OUTPUT = 7
 
 
 class _Sink(io.RawIOBase):
-    """Writes to a descriptor, and after the first failure discards everything."""
+    """A raw stream that writes to a file descriptor. After its first failure it discards all output."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def _stream(old: Any, errors: str) -> TextIO:
 
 
 def _failure() -> OSError | None:
-    """The error that stopped the output to stdout."""
+    """The error that stopped the output to stdout; None if there was none."""
     raw: Any = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.failure if isinstance(raw, _Sink) else None
 
@@ -90,7 +90,10 @@ def reader_gone() -> bool:
 
 
 def finish(code: Any) -> tuple[Any, str]:
-    """The exit code of a command that ends with `code`, and a message for stderr, empty if there is none."""
+    """Flush the streams. Return the command's exit code, and a message for stderr, which may be empty.
+
+    `code` is the exit code of the command's work.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()

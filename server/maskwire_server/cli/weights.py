@@ -1,4 +1,4 @@
-"""`maskwire-server import-x-transformers` and `export`."""
+"""`maskwire-server import-x-transformers` and `export`: import and export of weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def import_x_transformers(
 ) -> None:
     """Start a run from the weights of a model trained with x-transformers.
 
-    The file holds a NonAutoregressiveWrapper or a TransformerWrapper(Encoder). Set model.mask_id, and the
-    settings that the weights do not determine, such as the activation: the command names them. Sizes, critic
-    and self-conditioning are read from the weights. The command also writes a maskwire.toml to the run
-    directory, with which you can serve the run.
+    The file holds the weights of a NonAutoregressiveWrapper or a TransformerWrapper(Encoder). Sizes, critic
+    and self-conditioning are read from the weights. Set model.mask_id and the settings that the weights do
+    not determine, such as the activation; the command names them. It also writes maskwire.toml to the run
+    directory. Serve the run with this file.
     """
     chosen = loaded(config, run_dir, None, settings)
     from maskwire_server.weight_import_export import import_x_transformers as run
@@ -75,7 +75,7 @@ def export(
 ) -> None:
     """Export the weights of a checkpoint for use without the server.
 
-    A model of x-transformers or transformers is exported as its library saves it.
+    A model of x-transformers or transformers is exported in the format of its library.
     """
     check_extra()
     from maskwire_server import weight_import_export

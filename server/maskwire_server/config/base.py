@@ -19,8 +19,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 OFF = "off"
 CAN_BE_OFF = BeforeValidator(lambda value: None if value == OFF else value)
-"""Marks a limit or an interval that can be turned off. In a file, the environment and flags the value is
-"off"; in the code and in the records of a run it is None. Ids, probabilities and counts are never off."""
+"""Marks a limit or an interval that can be turned off. In a file, the environment and flags, the value is
+then "off". In the code and in the records of a run, it is None. Ids, probabilities and counts cannot be
+turned off."""
 Steps = Annotated[Annotated[int, Field(ge=1)] | None, CAN_BE_OFF]
 Positive = Annotated[Annotated[Finite, Field(gt=0)] | None, CAN_BE_OFF]
 

@@ -1,4 +1,4 @@
-"""The section [checkpoints]."""
+"""The section [checkpoints] of the configuration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from maskwire_server.config.base import Positive, Section, Steps
 
 
 class CheckpointsConfig(Section):
-    """[checkpoints]: when to save checkpoints and which to keep. May change between restarts."""
+    """[checkpoints]: when to save checkpoints and which to keep. Can be changed at a restart."""
 
     every_steps: Steps = None
     """Save every this many steps. off: do not save by number of steps."""

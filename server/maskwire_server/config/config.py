@@ -1,4 +1,4 @@
-"""The complete configuration."""
+"""The complete configuration of a server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from maskwire_server.errors import ConfigError
 
 
 class Config(BaseSettings):
-    """The complete configuration: all sections."""
+    """The complete configuration of a server: all sections."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -46,43 +46,43 @@ class Config(BaseSettings):
     _recorded: bytes | None = PrivateAttr(None)
 
     def canonical(self) -> bytes:
-        """The settings that are fixed once the run exists, as the bytes that its first digest covers.
+        """Return the canonical bytes of [model] and [objective], which the run's initial digest covers.
 
-        For an existing run these are the recorded bytes, because another version may have other options.
+        For an existing run, these are the bytes that it recorded, because another version of maskwire may
+        have other options.
         """
         if self._recorded is not None:
             return self._recorded
         return canonical(self.model, self.objective)
 
     def as_json(self) -> dict[str, Any]:
-        """All settings as JSON values, [model] and [objective] as runs record them."""
+        """Return all settings as JSON values. [model] and [objective] have the form that runs record."""
         return self.model_dump(mode="json") | recorded(self.model, self.objective)
 
     @property
     def is_recorded(self) -> bool:
-        """Whether model, objective and seed come from an existing run."""
+        """Whether [model], [objective] and the seed come from the record of an existing run."""
         return self._recorded is not None
 
     def with_weights(self, sha256: str) -> Config:
-        """This configuration of a new run with the SHA-256 of its initial weights."""
+        """Return a copy of a new run's configuration with the SHA-256 of its initial weights."""
         return self.model_copy(update={"model": self.model.model_copy(update={"weights_sha256": sha256})})
 
     def of_run(self, seed: int, canonical: bytes) -> Config:
-        """This configuration with the fixed settings of an existing run.
+        """Return a copy with the fixed settings of an existing run: [model], [objective] and the seed.
 
-        Settings that were not set here come from the run's record. Raises ConfigError that names each setting
-        whose value here differs from the record.
+        Raises a ConfigError that names each setting that was set here and differs from the run's record.
         """
         record = json.loads(canonical)
         model, objective = recorded_sections(record)
         differences = []
         if "seed" in self.run.model_fields_set and self.run.seed != seed:
-            differences.append(f"run.seed is {seed} in the run, {self.run.seed} in the configuration")
+            differences.append(f"run.seed is {seed} in the run, but {self.run.seed} in the configuration")
         for name, was in (("model", model), ("objective", objective)):
             section = getattr(self, name)
             recorded, configured = was.model_dump(mode="json"), section.model_dump(mode="json")
             differences += [
-                f"{name}.{key} is {recorded[key]!r} in the run, {configured[key]!r} in the configuration"
+                f"{name}.{key} is {recorded[key]!r} in the run, but {configured[key]!r} in the configuration"
                 for key in sorted(section.model_fields_set)
                 if not _same(recorded[key], configured[key], getattr(section, key))
             ]
@@ -95,7 +95,7 @@ class Config(BaseSettings):
 
 
 def _same(recorded: Any, configured: Any, setting: Any) -> bool:
-    """Whether a setting has its recorded value. Of a table, only the keys set here are compared."""
+    """Whether a setting has its recorded value. In a table, only the keys that were set are compared."""
     if isinstance(setting, Section) and isinstance(recorded, dict):
         return all(
             _same(recorded[key], configured[key], getattr(setting, key)) for key in setting.model_fields_set

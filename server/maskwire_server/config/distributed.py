@@ -1,4 +1,4 @@
-"""The section [distributed]."""
+"""The section [distributed] of the configuration."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ class DistributedConfig(Section):
     checkpoints_by: Literal["auto", "ranks", "leader"] = "auto"
     """Who writes checkpoints. ranks: each rank writes its part to the folder of the checkpoints, which all
     hosts must share. leader: the leader gathers the state in its memory and writes it. auto: the ranks if
-    they share the folder, otherwise the leader."""
+    they share this folder, otherwise the leader."""

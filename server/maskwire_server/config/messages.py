@@ -1,4 +1,4 @@
-"""Error messages for settings: the key, what would be right, and the value."""
+"""Error messages for settings: the key, what is allowed, and the value that was given."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from maskwire_server.config.base import OFF, Section
 from maskwire_server.config.sections import SECTIONS, can_be_off
 
 _OFF_ELSEWHERE = ("0", "0.0", "off", "none", "null", "false", "")
-"""What other programs accept for "off"."""
+"""Values that other programs accept instead of "off"."""
 
 
 def message(problem: ErrorDetails) -> str:
-    """One line for one of pydantic's errors."""
+    """Return the message, one line, for one of pydantic's validation errors."""
     key = ".".join(str(part) for part in problem["loc"])
     value = problem["input"]
     if value == OFF:
@@ -36,7 +36,7 @@ def message(problem: ErrorDetails) -> str:
 
 
 def _is_optional(where: tuple[int | str, ...]) -> bool:
-    """Whether a setting can be left out. It may be within a table, or within a table of a list."""
+    """Whether a setting can be left out. `where` is its path, also through tables and lists of tables."""
     kind = SECTIONS.get(str(where[0]))
     for name in where[1:-1]:
         if isinstance(name, str) and kind is not None:
@@ -46,7 +46,7 @@ def _is_optional(where: tuple[int | str, ...]) -> bool:
 
 
 def _inner(kind: type[Section], name: str) -> type[Section] | None:
-    """The class of the tables in a setting; None if it has no tables."""
+    """The class of the table, or of the list of tables, in a setting; None if its value is not a table."""
     field = kind.model_fields.get(name)
     annotation = None if field is None else field.annotation
     found = (annotation, *get_args(annotation))

@@ -1,4 +1,4 @@
-"""The section [model]."""
+"""The section [model] of the configuration."""
 
 from __future__ import annotations
 
@@ -107,7 +107,10 @@ class ModelConfig(Section):
     def _fits_the_source(self) -> ModelConfig:
         for table, source in TABLES.items():
             if getattr(self, table) and source != self.source:
-                raise ValueError(f'{table} is for source = "{source}", got source = "{self.source}"')
+                raise ValueError(
+                    f'the table {table} needs source = "{source}", got source = "{self.source}"; remove the '
+                    "table, or set this source"
+                )
         if self.source == "encoder":
             return self
         own = sorted(self.model_fields_set - SHARED - TABLES.keys())
@@ -120,7 +123,7 @@ class ModelConfig(Section):
                 "python": "[model.python.options]",
             }[self.source]
             raise ValueError(
-                f'{own[0]} is a setting of source = "encoder", got {getattr(self, own[0])!r}; remove it: '
+                f'{own[0]} applies only to source = "encoder", got {getattr(self, own[0])!r}; remove it: '
                 f"this model is described by {where}"
             )
         if self.source == "huggingface" and not (self.huggingface and self.huggingface.path):
@@ -138,9 +141,14 @@ class ModelConfig(Section):
         if self.pad_id is not None and self.pad_id == self.mask_id:
             raise ValueError(f"pad_id must differ from mask_id, got {self.pad_id} for both")
         if self.num_tokens - 1 - (self.pad_id is not None) < 1:
-            raise ValueError(f"num_tokens must leave at least one id for data, got {self.num_tokens}")
+            raise ValueError(
+                "num_tokens must leave at least one id for data besides mask_id and pad_id, got "
+                f"{self.num_tokens}"
+            )
         if self.tied_embeddings and self.emb_dim not in (None, self.dim):
-            raise ValueError(f"emb_dim must equal dim = {self.dim} with tied_embeddings, got {self.emb_dim}")
+            raise ValueError(
+                f"emb_dim must equal dim = {self.dim} with tied_embeddings = true, got {self.emb_dim}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -148,7 +156,7 @@ class ModelConfig(Section):
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads must divide heads = {self.heads}, got {self.kv_heads}")
         if self.positions == "rotary" and self.dim_head % 2:
-            raise ValueError(f"dim_head must be even with rotary positions, got {self.dim_head}")
+            raise ValueError(f'dim_head must be even with positions = "rotary", got {self.dim_head}')
         if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.dim_head):
             raise ValueError(
                 f"rotary_dim must be even and at most dim_head = {self.dim_head}, got {self.rotary_dim}"
@@ -167,19 +175,19 @@ class ModelConfig(Section):
 
     @property
     def dropouts(self) -> Dropouts:
-        """The dropout rates, with their defaults filled in."""
+        """The dropout rates of the parts of the encoder. A rate that is not set is that of `dropout`."""
         rates = (self.emb_dropout, self.attn_dropout, self.ff_dropout)
         return Dropouts(*(self.dropout if rate is None else rate for rate in rates))
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """The widths of all queries, keys and values: the rows of a block's `to_qkv`."""
+        """The widths of queries, keys and values over all heads: the rows of a block's `to_qkv` matrix."""
         shared = (self.kv_heads or self.heads) * self.dim_head
         return self.heads * self.dim_head, shared, shared
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layers are gated: the first linear map has twice the inner width."""
+        """Whether the feed-forward layers are gated. The first linear map then has twice the inner width."""
         return self.feed_forward in ("geglu", "swiglu")
 
     @property

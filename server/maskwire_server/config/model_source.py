@@ -1,4 +1,4 @@
-"""The tables [model.huggingface], [model.lora] and [model.python]."""
+"""The tables [model.huggingface], [model.lora] and [model.python] of the configuration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class HuggingFaceConfig(Section):
 
 
 class LoraConfig(Section):
-    """[model.lora]: train low-rank adapters of the model's matrices (peft) and freeze its weights."""
+    """[model.lora]: train low-rank adapters of the model's matrices (peft) and freeze the model's weights."""
 
     rank: int = Field(8, ge=1)
     """Rank of each adapter."""
@@ -43,7 +43,7 @@ class LoraConfig(Section):
 
 
 class FactoryConfig(Section):
-    """[model.python]: a model that your own code builds, on the server."""
+    """[model.python]: a model that is built by your own code on the server."""
 
     factory: str = ""
     """package.module:function. It is called with the [model] section and `options`."""

@@ -1,4 +1,4 @@
-"""The section [objective], and its presets."""
+"""The section [objective] of the configuration, and its presets."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ class ObjectiveConfig(Section):
     def _fingerprint_fits(self) -> ObjectiveConfig:
         if self.schedule_sha256 is not None and not self.has_schedule_function:
             raise ValueError(
-                "schedule_sha256 belongs to a schedule of your own: leave it out with schedule "
+                "schedule_sha256 applies only to a schedule function of your own: leave it out with schedule "
                 f"{self.schedule!r}, got {self.schedule_sha256!r}"
             )
         return self
 
     @property
     def has_schedule_function(self) -> bool:
-        """Whether the schedule is a function of the user's own."""
+        """Whether the schedule is a user's own function."""
         return self.schedule not in SCHEDULES
 
     @property
@@ -118,5 +118,5 @@ class ObjectiveConfig(Section):
 
     @property
     def loss_is_bound(self) -> bool:
-        """Whether generator_loss estimates a bound on the negative log-likelihood."""
+        """Whether generator_loss estimates an upper bound on the negative log-likelihood."""
         return self.weighting == "elbo" and not self.augments

@@ -1,4 +1,4 @@
-"""The section [optimizer]."""
+"""The section [optimizer] of the configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskwire_server.config.base import Finite, Positive, Section, Steps
 
 
 class ParameterGroup(Section):
-    """An entry of `optimizer.groups`: other settings for the parameters whose names match a pattern."""
+    """An entry of `optimizer.groups`: different settings for the parameters whose names match a pattern."""
 
     match: str = Field(min_length=1)
     """Pattern of parameter names, in the generator and the critic: `blocks.*`, `*.bias`, `critic.*`. `*` also
@@ -25,7 +25,7 @@ class ParameterGroup(Section):
 
 
 class OptimizerConfig(Section):
-    """[optimizer]: the optimizer and its learning rate. May change between restarts."""
+    """[optimizer]: the optimizer and its learning rate. Can be changed at a restart."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: Muon for the matrices in the blocks and AdamW for everything else. Fixed from the first

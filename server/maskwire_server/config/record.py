@@ -1,4 +1,4 @@
-"""The sections that are fixed once a run exists, as the run recorded them."""
+"""The sections [model] and [objective] in the form in which a run records them."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ ALWAYS_RECORDED = {
         "self_cond", "self_cond_prob", "self_cond_start", "critic", "critic_loss_weight", "critic_labels",
     },
 }  # fmt: skip
-"""The options of the first format. Every run records them. Later options are recorded if not default.
+"""The options of the first format. Every run records them. A later option is recorded if it is not default.
 
 A new option therefore changes neither the first digest nor the recorded configuration of runs that do not use
 it. Do not add options here."""
 
 
 def recorded(model: ModelConfig, objective: ObjectiveConfig) -> dict[str, Any]:
-    """[model] and [objective] as runs and checkpoints record them."""
+    """Return [model] and [objective] in the form in which runs and checkpoints record them."""
     return {"model": _recorded("model", model), "objective": _recorded("objective", objective)}
 
 
 def canonical(model: ModelConfig, objective: ObjectiveConfig) -> bytes:
-    """[model] and [objective] as runs record them, in the JSON bytes that the initial digest covers."""
+    """Return the recorded form of [model] and [objective] as JSON bytes, which the initial digest covers."""
     return json.dumps(recorded(model, objective), sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -50,22 +50,22 @@ def _recorded(name: str, section: Section) -> dict[str, Any]:
 
 
 class NewerRunError(ConfigError):
-    """A run has recorded options that only a newer version has."""
+    """Raised if a run has recorded options that only a newer version of maskwire has."""
 
 
 def recorded_sections(record: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
-    """[model] and [objective] as this or another version recorded them in a run.
+    """Decode [model] and [objective] from the record of a run that this or another version created.
 
-    An option that is missing in the record is newer than the run. It gets its own default, not that of a
-    preset: the default of a new option must be the behaviour before the option existed. Raises ConfigError
-    for options that this version does not have.
+    An option that the record lacks had its default value, or did not exist yet. It gets its own default, not
+    that of a preset, because the default of a new option must be the behaviour before the option existed.
+    Raises NewerRunError for options that this version does not have, and ConfigError for invalid values.
     """
     fields = {"model": ModelConfig.model_fields, "objective": ObjectiveConfig.model_fields}
     unknown = [f"{name}.{key}" for name in fields for key in record[name] if key not in fields[name]]
     if unknown:
         raise NewerRunError(
-            f"{', '.join(unknown)} is recorded, and this version does not know it: a newer version "
-            "created the run; use that version"
+            f"the run has recorded {', '.join(unknown)}, which this version of maskwire does not know: a "
+            "newer version created the run; use that version"
         )
     whole = {
         name: {

@@ -1,4 +1,4 @@
-"""The section [run]."""
+"""The section [run] of the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskwire_server.config.base import Section
 
 
 class RunConfig(Section):
-    """[run]: the run's folder and seed."""
+    """[run]: the folder and the seed of the run."""
 
     dir: Path = Path("runs/default")
     """The run directory. It holds everything that is needed to restart the run."""
@@ -32,7 +32,7 @@ class RunConfig(Section):
             except UnicodeDecodeError:
                 raise ValueError(f"the path must be UTF-8, got {raw!r}; rename the folder") from None
             raise ValueError(
-                "the path is UTF-8, but this process runs in an ASCII locale and cannot read it: set "
-                f"LC_ALL=C.UTF-8 or PYTHONUTF8=1, got {text!r}"
+                "the path is UTF-8, but this process runs in an ASCII locale and cannot read it, got "
+                f"{text!r}: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
             ) from None
         return value

@@ -1,4 +1,4 @@
-"""All sections by name, and the settings that can be off."""
+"""All sections of the configuration by name, and the settings that can be off."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECTIONS: dict[str, type[Section]] = {
     "telemetry": TelemetryConfig,
     "storage": StorageConfig,
 }
-"""In the order of the generated file and pages."""
+"""The sections, in their order in the generated file and pages."""
 
 
 def can_be_off() -> list[str]:

@@ -1,4 +1,4 @@
-"""The section [serve]."""
+"""The section [serve] of the configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskwire_server.config.base import Finite, Section
 
 
 class ServeConfig(Section):
-    """[serve]: address, access, device and limits. May change between restarts."""
+    """[serve]: address, access, device and limits. Can be changed at a restart."""
 
     address: str = "127.0.0.1:50051"
     """HOST:PORT to listen on (port 0: any free port), or unix:PATH for a Unix socket with mode 0600."""
@@ -112,8 +112,8 @@ class ServeConfig(Section):
         if self.address.startswith("unix:"):
             if self.tls_certificate is not None or self.has_tokens or self.socket is not None:
                 raise ValueError(
-                    "tls_*, token_* and socket must be left out when address is a Unix socket, which only "
-                    f"its owner can open (mode 0600), got {self.address!r}"
+                    "tls_*, token_* and socket must be left out when address is a Unix socket, because only "
+                    f"its owner can open it (mode 0600), got address {self.address!r}"
                 )
             return self
         host, colon, port = self.address.rpartition(":")
@@ -138,19 +138,19 @@ class ServeConfig(Section):
 
     @property
     def token_files(self) -> tuple[Path, ...]:
-        """The token files that are set."""
+        """The paths of the token files that are set."""
         files = (self.token_read_file, self.token_train_file, self.token_admin_file)
         return tuple(path for path in files if path is not None)
 
     @property
     def certificate_files(self) -> tuple[Path, ...]:
-        """The files for TLS that are set."""
+        """The paths of the certificate and key files for TLS that are set."""
         files = (self.tls_certificate, self.tls_key, self.tls_client_ca)
         return tuple(path for path in files if path is not None)
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a host is the loopback interface."""
+    """Whether a host is on the loopback interface."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

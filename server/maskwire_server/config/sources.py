@@ -27,7 +27,7 @@ FREE_TABLES = (("model", "x_transformers"), ("model", "python", "options"))
 
 
 class _Environment(EnvSettingsSource):
-    """Reads environment variables; tables and lists in TOML or JSON."""
+    """Reads settings from environment variables. Tables and lists are in TOML or JSON."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002
         return decoded(value)
@@ -46,7 +46,7 @@ class _Environment(EnvSettingsSource):
 
 
 def decoded(text: str) -> Any:
-    """Parse a value in TOML or JSON. Other text is returned unchanged, so that validation reports its key."""
+    """Parse a value in TOML or JSON. Return other text unchanged, so that validation reports its key."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -59,7 +59,7 @@ def decoded(text: str) -> Any:
 def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
     """Load the configuration from `file`, the environment and `flags` (settings by section).
 
-    Raises ConfigError with one line per problem: the key, what would be right, and the value.
+    Raises ConfigError with one line per problem: the key, what is allowed, and the value that was given.
     """
 
     class _Sourced(Config):
@@ -84,4 +84,4 @@ def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
     except ValueError as error:  # the file is not valid TOML
         bare = file is not None and re.search(r"(?m)^\s*\w+\s*=\s*off\b", file.read_text(errors="replace"))
         hint = f'; write {bare[0].split("=")[0].strip()} = "off", with quotes' if bare else ""
-        raise ConfigError(f"{file}: {error}{hint}") from None
+        raise ConfigError(f"{file}: not valid TOML: {error}{hint}") from None

@@ -1,4 +1,4 @@
-"""The section [storage]."""
+"""The section [storage] of the configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskwire_server.config.base import Finite, Section
 
 
 class StorageConfig(Section):
-    """[storage]: a copy of the run in an object store (docs/object-stores.md). May change at a restart."""
+    """[storage]: the run's copy in an object store (docs/object-stores.md). Can be changed at a restart."""
 
     mirror: str | None = None
     """Address of the copy, for example s3://bucket/prefix. The server uploads records, batches and

@@ -1,4 +1,4 @@
-"""The section [telemetry]."""
+"""The section [telemetry] of the configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskwire_server.config.base import Section
 
 
 class TelemetryConfig(Section):
-    """[telemetry]: metrics, event files and logs (docs/monitoring.md). May change between restarts.
+    """[telemetry]: metrics, event files and logs (docs/monitoring.md). Can be changed at a restart.
 
     Traces are turned on by the environment variables of OpenTelemetry.
     """

@@ -21,7 +21,7 @@ _HEAD = """\
 
 
 def template(chosen: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """A commented file with every setting. Those in `chosen` are set; the rest are comments with defaults."""
+    """Return a commented file with every setting. Settings in `chosen` are set, all others commented out."""
     sections = [_HEAD]
     for name, field in Config.model_fields.items():
         section = field.default
@@ -39,9 +39,10 @@ def template(chosen: Mapping[str, Mapping[str, Any]] | None = None) -> str:
 
 
 def written(config: Config) -> str:
-    """A file that loads as this configuration: [model] and [objective] in full, and other settings if set.
+    """Return a TOML file that loads as this configuration.
 
-    The server sets model.weights_sha256 by itself, so it is left out.
+    [model] and [objective] are written in full. Of the other sections, only settings that were set are
+    written. The server sets model.weights_sha256 by itself, so it is left out.
     """
     sections = []
     for name in type(config).model_fields:
@@ -70,7 +71,7 @@ def _comment(text: str) -> list[str]:
 
 
 def toml(value: Any) -> str:
-    """A value in TOML syntax."""
+    """Return a value in TOML syntax."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | Path):

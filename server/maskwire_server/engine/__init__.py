@@ -1,1 +1,1 @@
-"""One run: admission, the step queue, the executor, the committer and sessions."""
+"""The engine that serves one run: admission, the queue, the executor, the committer and sessions."""

@@ -1,4 +1,4 @@
-"""Admission of steps, on the gRPC worker threads."""
+"""Admission of steps: queue new steps, and answer repeated ones. Runs on the gRPC worker threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import StepAnswer, StepResult
 
 _REFUSED_FOR_GOOD = {"DIGEST_VERSION", "PAYLOAD_MISMATCH"}
-"""Reasons after which the client gives the step's number to another step."""
+"""The reasons after which a client gives the number of a refused step to another step."""
 
 
 class StepAdmission:
@@ -37,7 +37,7 @@ class StepAdmission:
         self._clock = clock
 
     def admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
-        """Queue a step, or answer it from the journal. Raises Refused."""
+        """Queue a new step, or set `future` to the answer of a repeated one. Raises Refused."""
         try:
             self._admit(request, future)
         except Refused as refusal:
@@ -89,7 +89,10 @@ class StepAdmission:
             raise
 
     def _in_flight(self, step: Step) -> Step | None:
-        """The step in flight that this one may repeat, if any. Under the mutex; raises Refused."""
+        """Return the step in flight that this one may repeat, or None.
+
+        The caller must hold the run's mutex. Raises Refused.
+        """
         run, queue, request = self._run, self._run.queue, step.request
         admission_rules.check_writer(request.session, run.situation())
         step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
@@ -102,14 +105,17 @@ class StepAdmission:
         if other is not None and other.looked_up and _of_earlier_session(other.request, request):
             other = None  # a look-up for a session that has been fenced since
         if other is not None and other.abandoned and request.step not in (None, other.request.step):
-            # The client renumbered it, and sends it again.
+            # The client has renumbered the step and sends it again.
             other = None if queue.withdraw(other, run.next_number) else other
         if other is None and request.session is not None:
             other = queue.with_number(request.step)
         return other
 
     def _join(self, step: Step) -> bool:
-        """Join the step in flight that this one repeats, if any. Under the mutex; raises Refused."""
+        """Make a retry join the step in flight that it repeats; return False if there is none.
+
+        The caller must hold the run's mutex. Raises Refused.
+        """
         run, request, other = self._run, step.request, self._in_flight(step)
         if other is None:
             return False
@@ -124,13 +130,16 @@ class StepAdmission:
         return False
 
     def _recorded(self, step: Step) -> int | None:
-        """The number of the recorded step that this request may repeat, if any. Under the mutex."""
+        """Return the number of the recorded step that this request may repeat, or None.
+
+        The caller must hold the run's mutex.
+        """
         number = step.request.step
         recorded = number is not None and number <= self._run.head.computed.step
         return number if recorded and step.request.session is not None else None
 
     def _queue(self, step: Step) -> None:
-        """Queue a step that is not a retry; the caller wakes the executor. Under the mutex."""
+        """Queue a step that is not a retry. The caller must hold the mutex, and wake the executor later."""
         run, queue, number = self._run, self._run.queue, step.request.step
         at = run.situation()
         other = queue.with_number(number)
@@ -150,10 +159,10 @@ class StepAdmission:
             queue.push_step(step, at.next_step)
         elif number is not None:
             queue.keep_early(step, number)
-            self._committer.wake()  # it refuses the step when `gap_seconds` have passed
+            self._committer.wake()  # the committer refuses the step after `gap_seconds`
 
     def _look_up(self, step: Step, by_id: bool) -> None:
-        """Read the step that this request may repeat from the journal; queue the request if there is none."""
+        """Answer the step from the journal if it repeats a recorded step; otherwise queue it."""
         request = step.request
         record: StepRecord | None = None
         if by_id and request.request_id is not None:
@@ -185,7 +194,7 @@ class StepAdmission:
             answer(waiter, StepAnswer(record.step, result, record.digest, replayed=True))
 
     def refused(self, session: SessionRef, number: int) -> None:
-        """Refuse the steps that wait for `number`, which was refused before it was admitted."""
+        """Refuse the steps that wait for step `number`, because it was refused before it was queued."""
         run, queue = self._run, self._run.queue
         with run.mutex:
             try:
@@ -203,12 +212,12 @@ def _of_earlier_session(other: StepRequest, request: StepRequest) -> bool:
 
 
 def _require_in_history(record: StepRecord, lineages: dict[int, Lineage], lineage: int) -> None:
-    """Raise WRONG_RUN for a recorded step that a restore removed from the history."""
+    """Raise Refused (WRONG_RUN) if a restore has removed a recorded step from the run's history."""
     if not includes(ancestry(lineages, lineage), record.lineage, record.step):
         raise Refused(
             "WRONG_RUN",
-            f"this request id was step {record.step} of lineage {record.lineage}, which a restore removed "
-            "from the history; use a new id to train the batch again",
+            f"this request id was used for step {record.step} of lineage {record.lineage}, and a restore has "
+            "removed this step from the history; use a new id to train the batch again",
             step=record.step,
             lineage=lineage,
         )

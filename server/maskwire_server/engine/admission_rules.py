@@ -1,7 +1,7 @@
-"""The admission table of `maskwire.v1` for steps, as pure functions.
+"""The rules of `maskwire.v1` by which steps are admitted or refused, as pure functions.
 
-Callers collect the facts under the run's mutex; these functions decide. They use no thread, clock or file.
-A decision is a value, or a `Refused` that is raised.
+Callers collect the facts under the run's mutex. These functions decide, without threads, clocks or files. A
+decision is a return value, or a `Refused` that is raised.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Known:
     """A step, in flight or recorded, that a request may be a retry of."""
 
     step: int | None
-    """None: in flight, not numbered yet."""
+    """The step's number; None if it is in flight and has no number yet."""
     request_id: str | None
     payload_hash: bytes
 
 
 @dataclass(frozen=True)
 class Situation:
-    """The facts of the run that a request is checked against."""
+    """The facts about the run against which a request is checked."""
 
     state: RunState
     run_id: str
@@ -38,7 +38,7 @@ class Situation:
     epoch: int
     """The newest epoch; 0 before the first."""
     writer: str
-    """The name of the client whose session is open; empty when none is."""
+    """The name of the client whose session is open; empty if none is."""
     closed: bool
     """Whether the newest epoch's session was closed, by its client or by a restore; False if it expired."""
     next_step: int
@@ -57,7 +57,7 @@ class Situation:
 
     @property
     def holder_facts(self) -> dict[str, Any]:
-        """Error metadata about the newest epoch's client."""
+        """Error metadata about the client that opened the newest session."""
         return self.holder.metadata() if self.holder else {"epoch": self.epoch, "writer": self.writer}
 
 
@@ -71,37 +71,39 @@ _UNAVAILABLE = {
 
 
 def refuse_unavailable(state: RunState) -> None:
-    """Raise Refused in a state in which the client should retry later."""
+    """Raise Refused if the run is in a state in which the client should retry later."""
     if state in _UNAVAILABLE:
         raise Refused(state.name, f"{_UNAVAILABLE[state]}; retry with the same request id")
     if state is RunState.RECOVERY_FAILED:
-        raise Refused("RECOVERING", "recovery failed; see the server's log")
+        raise Refused(
+            "RECOVERING", "recovery of the run failed; see the server's log, and restart the server"
+        )
 
 
 def mirror_fails() -> Refused:
-    """The refusal in place of an answer that must wait for a mirror that cannot be written."""
-    return Refused("HELD", "the mirror cannot be written, and the answer must wait for it; retry")
+    """Return the refusal (HELD) of a request whose answer waits for a mirror that cannot be written."""
+    return Refused("HELD", "answers wait for the mirror, and the mirror cannot be written now; retry")
 
 
 def shutting_down() -> Refused:
-    """The refusal of a request during shutdown."""
+    """Return the refusal (DRAINING) of a request during shutdown."""
     return Refused("DRAINING", "the server is shutting down; retry with the same request id")
 
 
 def refuse_full(queue_length: int, queue_limit: int) -> None:
-    """Raise QUEUE_FULL when the queue is at its limit."""
+    """Raise Refused (QUEUE_FULL) if the queue has reached its limit."""
     if queue_length >= queue_limit:
         raise Refused(
             "QUEUE_FULL",
-            f"{queue_length} requests are queued, and the limit is {queue_limit}; retry with the same "
-            "request id",
+            f"{queue_length} requests are queued, and the limit (serve.queue_limit) is {queue_limit}; retry "
+            "with the same request id",
             queue_length=queue_length,
             queue_limit=queue_limit,
         )
 
 
 def refuse_many_reads(waiting: int, limit: int) -> None:
-    """Raise QUEUE_FULL when as many reads of one credential wait as are allowed."""
+    """Raise Refused (QUEUE_FULL) if too many evaluations and generations of one credential wait."""
     if waiting >= limit:
         raise Refused(
             "QUEUE_FULL",
@@ -113,7 +115,7 @@ def refuse_many_reads(waiting: int, limit: int) -> None:
 
 
 def read_too_long(what: str, seconds: float) -> Refused:
-    """The refusal of a read that kept a training step or a save waiting for too long."""
+    """Return the refusal of an evaluation or generation that kept a step or a save waiting for too long."""
     return Refused(
         "READ_TOO_LONG",
         f"the {what} kept a training step or a save waiting for {seconds:g} s, the limit "
@@ -124,16 +126,16 @@ def read_too_long(what: str, seconds: float) -> Refused:
 
 
 def halted() -> Refused:
-    """The refusal of a step after steps that were not finite."""
+    """Return the refusal (HALTED) of a step after several steps that were not finite."""
     return Refused(
         "HALTED",
-        "three steps in a row were not finite; check the data and the learning rate, then open a session "
-        "with takeover",
+        "training is halted because the loss or gradient of three steps in a row was not finite; check the "
+        "data and the learning rate, then open a session with takeover",
     )
 
 
 def no_space(size: int) -> Refused:
-    """The refusal of a batch that does not fit on the journal's disk; a smaller one may."""
+    """Return the refusal (HELD) of a batch that does not fit on the journal's disk. A smaller one may fit."""
     return Refused(
         "HELD",
         f"the journal's disk has no space for this batch of {size} bytes; free some space, and training "
@@ -147,8 +149,8 @@ def check_session(session: SessionRef, at: Situation) -> None:
     if session.run_id != at.run_id or session.lineage != at.lineage:
         raise Refused(
             "WRONG_RUN",
-            f"the session is of run {session.run_id!r}, lineage {session.lineage}; this is run "
-            f"{at.run_id!r}, lineage {at.lineage}: open a session with this run",
+            f"the session belongs to run {session.run_id!r}, lineage {session.lineage}, but this server has "
+            f"run {at.run_id!r}, lineage {at.lineage}: open a new session",
             run_id=at.run_id,
             lineage=at.lineage,
             session_run_id=session.run_id,
@@ -160,39 +162,41 @@ def check_session(session: SessionRef, at: Situation) -> None:
         why = "was closed" if session.epoch == at.epoch and at.closed else "was never issued for this run"
         raise Refused(
             "UNKNOWN_EPOCH",
-            f"epoch {session.epoch} {why} (the newest is {at.epoch}): open a session",
+            f"session epoch {session.epoch} {why} (the newest is {at.epoch}): open a new session",
             epoch=at.epoch,
             session_epoch=session.epoch,
         )
 
 
 def fenced(epoch: int, at: Situation) -> Refused:
-    """The refusal of a client whose epoch is not the newest."""
+    """Return the refusal (FENCED) of a client whose session is not the newest."""
     return Refused(
         "FENCED",
-        f"epoch {epoch} was superseded: {who(at)} took over (epoch {at.epoch}); stop this client",
+        f"session epoch {epoch} was superseded: {who(at)} took over (epoch {at.epoch}); stop this client",
         session_epoch=epoch,
         **at.holder_facts,
     )
 
 
 def writer_present(at: Situation, cure: str) -> Refused:
-    """The refusal of a client while another one's session is open."""
+    """Return the refusal (WRITER_PRESENT) of a client while another client's session is open."""
     where = at.holder.where if at.holder else ""
-    return Refused("WRITER_PRESENT", f"{at.writer!r} has a session open{where}; {cure}", **at.holder_facts)
+    return Refused(
+        "WRITER_PRESENT", f"client {at.writer!r} has a session open{where}; {cure}", **at.holder_facts
+    )
 
 
 def check_writer(session: SessionRef | None, at: Situation) -> None:
-    """Raise Refused unless a step of this session, or of none, may be trained now."""
+    """Raise Refused unless a step of `session` (if None, of no session) may be trained now."""
     if session is not None:
         check_session(session, at)
         check_digest_version(at.digest_versions, at)
     elif at.writer:
-        raise writer_present(at, "send its session, or wait until it is closed or idle")
+        raise writer_present(at, "send the request in that session, or wait until it is closed or idle")
 
 
 def check_digest_version(offered: Sequence[int], at: Situation) -> None:
-    """Raise DIGEST_VERSION unless `offered` includes the run's version.
+    """Raise Refused (DIGEST_VERSION) unless `offered` includes the run's digest version.
 
     Before the first step, any version that the server supports is accepted. While the first step is being
     computed, the client is asked to retry.
@@ -206,7 +210,7 @@ def check_digest_version(offered: Sequence[int], at: Situation) -> None:
 
 
 def check_segments(request: StepRequest, version: int) -> None:
-    """Raise DIGEST_VERSION for segment ids in a run whose digest does not cover them."""
+    """Raise Refused (DIGEST_VERSION) for segment ids if the run's digest version does not cover them."""
     if request.payload.batch.segment_ids is not None and version < 2:
         raise Refused(
             "DIGEST_VERSION",
@@ -217,7 +221,7 @@ def check_segments(request: StepRequest, version: int) -> None:
 
 
 def other_digest_version(offered: Sequence[int], version: int) -> Refused:
-    """The refusal of a client that does not support the run's digest version."""
+    """Return the refusal (DIGEST_VERSION) of a client that does not support the run's digest version."""
     wanted = str(version) if version else " or ".join(map(str, VERSIONS))
     computed = ", ".join(map(str, offered))
     return Refused(
@@ -230,9 +234,10 @@ def other_digest_version(offered: Sequence[int], version: int) -> Refused:
 
 
 def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
-    """Whether a request is a retry of a known step. Raises PAYLOAD_MISMATCH if only the id is the same.
+    """Whether a request is a retry of a known step.
 
-    Steps are compared by request id, then by payload hash; a session's request without an id by hash alone.
+    Steps are compared by request id and payload hash. A session's request without an id is compared by hash
+    alone. Raises Refused (PAYLOAD_MISMATCH) if only the id is the same.
     """
     same_hash = payload_hash == known.payload_hash
     if request.request_id is not None and request.request_id == known.request_id:
@@ -244,39 +249,40 @@ def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
 
 
 def other_step(step: int | None, what: str = "another step") -> Refused:
-    """The refusal of a request whose id another step or payload has."""
+    """Return the refusal (PAYLOAD_MISMATCH) of a request whose id was used for another step or payload."""
     return Refused(
         "PAYLOAD_MISMATCH",
-        f"this request id was used with {what} (step {step}); use a new id for a new request",
+        f"this request id was used for {what} (step {step}); use a new id for a new request",
         step=step,
     )
 
 
 def other_save(request: SaveRequest) -> Refused:
-    """The refusal of a save whose id another save has."""
+    """Return the refusal (PAYLOAD_MISMATCH) of a save whose request id was used for another save."""
     name = request.name or "without a name"
     return Refused(
         "PAYLOAD_MISMATCH",
-        f"this request id was used to save a checkpoint with other arguments ({name}); use a new id for a "
+        f"this request id was used to save a checkpoint ({name}) with other arguments; use a new id for a "
         "new request",
         name=name,
     )
 
 
 def step_taken(step: int, next_step: int) -> Refused:
-    """The refusal of a step whose number another request has taken."""
+    """Return the refusal (STEP_TAKEN) of a step whose number was taken by another request."""
     return Refused(
         "STEP_TAKEN",
-        f"step {step} was applied, or is in flight, under another request id; the next is {next_step}",
+        f"step {step} was applied, or is in flight, under another request id; the next free number is "
+        f"{next_step}",
         step=step,
         expected_step=next_step,
     )
 
 
 def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> bool:
-    """Whether a new step (not a retry) that requests number `step` is next; False: it waits for another.
+    """Whether a new step that asks for number `step` is next. If not, it must wait for another step.
 
-    Checks in the order of the protocol. Raises Refused.
+    A new step is not a retry. The checks are in the order that the protocol defines. Raises Refused.
     """
     if at.refused_step is not None and step is not None and step > at.refused_step:
         raise gap(step, at.refused_step)
@@ -291,7 +297,7 @@ def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situat
 
 
 def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPosition) -> None:
-    """Raise WRONG_RUN unless the run is at the lineage and step that the request expects."""
+    """Raise Refused (WRONG_RUN) unless the run is at the lineage and step that the request expects."""
     for name, expected, actual in (
         ("lineage", request.expected_lineage, position.lineage),
         ("step", request.expected_step, position.step),
@@ -299,23 +305,24 @@ def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPo
         if expected is not None and expected != actual:
             raise Refused(
                 "WRONG_RUN",
-                f"expected_{name} is {expected}, but the run is at {name} {actual}",
+                f"expected_{name} is {expected}, but the run is at {name} {actual}; check the run's status, "
+                "and send a new request",
                 lineage=position.lineage,
                 step=position.step,
             )
 
 
 def gap(step: int | None, expected: int) -> Refused:
-    """The refusal of a step whose predecessor was refused, abandoned, or has not arrived."""
+    """Return the refusal (GAP) of a step whose predecessor was refused, abandoned, or has not arrived."""
     return Refused(
         "GAP",
-        f"step {step} is ahead of step {expected}, which was refused or has not arrived; send {expected} "
-        f"again, or if it was refused, renumber the window from {expected}",
+        f"step {step} is ahead of step {expected}, which was refused or has not arrived; send step "
+        f"{expected} again or, if it was refused, renumber the later steps from {expected} on",
         step=step,
         expected_step=expected,
     )
 
 
 def who(at: Situation) -> str:
-    """The newest epoch's client, in words."""
+    """Describe the client of the newest session in words, for messages."""
     return str(at.holder) if at.holder else repr(at.writer) if at.writer else "another writer"

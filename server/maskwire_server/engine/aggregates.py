@@ -1,4 +1,4 @@
-"""The only aggregation of a run's events, read by status, metrics and the command line."""
+"""Aggregates of a run's events (counts, rates and histograms) for status, metrics and the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKPOINT_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250
 
 
 class Aggregates:
-    """Counts events as they are published. Any thread; each method takes microseconds."""
+    """Counts events as they are published. Any thread may call its methods; each takes microseconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._lock = threading.Lock()
@@ -40,7 +40,7 @@ class Aggregates:
         self._calls: Counter[tuple[str, str, str]] = Counter()
 
     def add(self, event: Event) -> None:
-        """Count an event."""
+        """Add an event to the counts, rates and histograms."""
         with self._lock:
             if isinstance(event, StepCommitted):
                 self._add_step(event)
@@ -63,11 +63,11 @@ class Aggregates:
             histogram.add(value)
 
     def recent(self) -> Recent:
-        """The figures of the last minute."""
+        """Return the figures of the steps of the last minute."""
         return self._rate.recent()
 
     def figures(self, dropped: dict[str, int]) -> RunFigures:
-        """All figures, as of one moment. `dropped`: the publisher's counts of lost events."""
+        """Return all figures at one moment. `dropped` has the number of lost events per subscriber."""
         with self._lock:
             return RunFigures(
                 recent=self._rate.recent(),

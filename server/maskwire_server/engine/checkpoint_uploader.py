@@ -1,4 +1,4 @@
-"""The thread that uploads checkpoints to the mirror, and deletes there what nothing needs."""
+"""The thread that uploads checkpoints to the mirror, and deletes objects there that nothing needs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RETRY_SECONDS = 2.0
 
 
 class CheckpointUploader:
-    """Uploads each checkpoint once the mirror has the records before it."""
+    """Uploads each checkpoint to the mirror, after the journal's records of the steps before it."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class CheckpointUploader:
         drops_batches: bool,
         waits: bool,
     ) -> None:
-        """`announced` is set when a segment should announce deletions. `waits`: saves wait for the upload."""
+        """`announced` is set if a segment should announce deletions; `waits` if saves wait for the upload."""
         self._run = run
         self._copies = copies
         self._announcing = announced
@@ -41,7 +41,7 @@ class CheckpointUploader:
         self._waits = waits
         self._work = Wakeup()
         self._progress = threading.Condition()
-        self._through = 0  # the mark of the outbox up to which the mirror has all
+        self._through = 0  # the mark of the outbox up to which the mirror has all changes
         self._announcements: list[str] = []
         self._deletions: list[str] = []
         self._waiters: list[tuple[CheckpointInfo, Future[CheckpointInfo]]] = []
@@ -50,14 +50,14 @@ class CheckpointUploader:
         self._busy = False
         self._committer: Committer
         self.problem = ""
-        """Why the last upload failed, or which checkpoint is too damaged to upload; empty: neither."""
+        """Why the last upload failed, or which checkpoint is too damaged to upload; empty if neither."""
         self.failures = 0
         self.thread = threading.Thread(target=self._main, name="maskwire-mirror-checkpoints", daemon=True)
 
     # Any thread.
 
     def start(self, committer: Committer) -> None:
-        """Start to upload."""
+        """Start the thread, which uploads the checkpoints."""
         self._committer = committer
         self.thread.start()
 
@@ -67,7 +67,7 @@ class CheckpointUploader:
         self._work.set()
 
     def answer(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
-        """Answer the callers that saved a checkpoint; if answers wait for the mirror, once it is uploaded."""
+        """Answer the callers that saved a checkpoint, after the upload if answers wait for the mirror."""
         if self._waits and not self._copies.holds(info):
             with self._progress:
                 self._waiters += [(info, waiter) for waiter in waiters]
@@ -78,41 +78,41 @@ class CheckpointUploader:
 
     @property
     def idle(self) -> bool:
-        """Whether every checkpoint here is in the mirror."""
+        """Whether no checkpoint of the run directory is left to upload."""
         return not (self._looking or self._busy)
 
     @property
     def announcing(self) -> bool:
-        """Whether there are deletions that a segment should announce."""
+        """Whether there are deletions that the next segment should announce."""
         return bool(self._announcements)
 
     def take_announcements(self) -> list[str]:
-        """Remove and return the objects that the next segment names as deleted."""
+        """Remove and return the names of the objects whose deletion the next segment announces."""
         with self._progress:
             taken, self._announcements = self._announcements, []
         return taken
 
     def mirrored(self, through: int) -> None:
-        """Note that the mirror has everything up to this mark."""
+        """Note that the mirror has all changes of the journal up to the outbox mark `through`."""
         with self._progress:
             self._through = through
             self._progress.notify_all()
 
     def announced(self, names: Sequence[str]) -> None:
-        """Queue deletions that a segment has announced: no other server relies on the objects."""
+        """Queue the deletion of objects that a segment has announced. No other server relies on them now."""
         if names:
             with self._progress:
                 self._deletions += names
             self._work.set()
 
     def upload(self, name: str) -> None:
-        """Upload a checkpoint now, if it is here and intact. Raises StoreError."""
+        """Upload a checkpoint now, if the run directory has it and it is intact. Raises StoreError."""
         for manifest in self._copies.missing():
             if manifest.info.name == name:
                 self._upload(manifest)
 
     def stop(self) -> None:
-        """End the thread."""
+        """Make the thread end."""
         with self._progress:
             self._stopping = True
             self._progress.notify_all()
@@ -129,7 +129,7 @@ class CheckpointUploader:
                 except (StoreError, OSError) as error:
                     self.failures += 1
                     if not failing:
-                        log.error("%s; trying again", error)
+                        log.error("checkpoints cannot be copied to the mirror now: %s; trying again", error)
                     self.problem, failing = str(error), True
                 self._work.wait(RETRY_SECONDS if failing else None)
         except Refused:  # the committer has ended
@@ -139,9 +139,9 @@ class CheckpointUploader:
             self.problem = "the thread that uploads checkpoints failed; see the log"
 
     def _copy(self) -> str:
-        """Delete what was announced, upload what is missing, and announce what nothing needs any more.
+        """Delete announced objects, upload missing checkpoints, and announce objects to delete next.
 
-        Returns why a checkpoint of the run directory cannot be uploaded; empty: there is none.
+        Returns why a checkpoint of the run directory cannot be uploaded; empty if all were uploaded.
         """
         self._busy = True
         self._looking = False
@@ -154,7 +154,7 @@ class CheckpointUploader:
         self._answer_waiters()
         with self._run.mutex:
             lineages, lineage = self._run.lineages, self._run.head.computed.lineage
-        self._wait_mirrored()  # the mirror must have the lineages on which this decision rests
+        self._wait_mirrored()  # the mirror must have the lineages from which the deletions follow
         gone = self._copies.collectable(lineages, lineage, batches=self._drops_batches)
         with self._progress:
             new = [name for name in gone if name not in self._deletions]
@@ -165,7 +165,7 @@ class CheckpointUploader:
         return problem
 
     def _upload(self, manifest: Manifest) -> str:
-        """Upload a checkpoint. If it is damaged, refuse its callers, and return what is wrong."""
+        """Upload a checkpoint. If it is damaged, refuse the callers that saved it, and return the problem."""
         name = manifest.info.name
         try:
             self._copies.upload(manifest)
@@ -179,12 +179,12 @@ class CheckpointUploader:
         return ""
 
     def _wait_mirrored(self) -> None:
-        """Wait until the mirror has every record that the journal has now. Refused at shutdown."""
+        """Wait until the mirror has every record that the journal has now. Raises Refused at shutdown."""
         position = self._committer.position
         with self._progress:
             self._progress.wait_for(lambda: self._through >= position or self._stopping)
         if self._stopping:
-            raise Refused("DRAINING", "the server is shutting down")
+            raise Refused("DRAINING", "the server is shutting down; retry when it has restarted")
 
     def _delete(self) -> None:
         while True:
@@ -197,8 +197,8 @@ class CheckpointUploader:
                 self._deletions.remove(name)
 
     def _answer_waiters(self) -> None:
-        """Answer the callers whose checkpoint is uploaded, and refuse those whose checkpoint is gone."""
-        with self._progress:  # so that no caller is added whose checkpoint came after this list
+        """Answer callers whose checkpoint is in the mirror, and refuse callers whose checkpoint is gone."""
+        with self._progress:  # so that no caller is added whose checkpoint was saved after this list was made
             missing = [manifest.info for manifest in self._copies.missing()]
             waiters = self._take_waiters(lambda info: info not in missing)
         for info, waiter in waiters:
@@ -211,7 +211,7 @@ class CheckpointUploader:
     def _take_waiters(
         self, chosen: Callable[[CheckpointInfo], bool]
     ) -> list[tuple[CheckpointInfo, Future[CheckpointInfo]]]:
-        """Remove and return the callers whose checkpoint is chosen."""
+        """Remove and return the waiting callers for whose checkpoint `chosen` returns True."""
         with self._progress:
             taken = [each for each in self._waiters if chosen(each[0])]
             self._waiters = [each for each in self._waiters if not chosen(each[0])]

@@ -1,4 +1,4 @@
-"""The commits of the committer: what each writes, and what it does once that is durable."""
+"""The commits of the committer: each writes to the journal, and then acts when its changes are durable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DROPPED_AT_ONCE = 256
 
 @dataclass(eq=False)
 class StepCommit:
-    """A computed step: its record and its batch."""
+    """The commit of a computed step: its record and its batch."""
 
     run: Run
     step: Step
@@ -40,13 +40,13 @@ class StepCommit:
     """Whether it is the run's first step, which fixes the run's digest version."""
 
     def write(self, journal: Journal) -> None:
-        """Append record and batch."""
+        """Append the step's record and its batch to the journal."""
         if self.first_of_run:
             journal.fix_digest_version(self.step.digest_version)
         journal.add_step(self.record, self.step.encoded)
 
     def committed(self) -> None:
-        """Answer every caller that waits for the step."""
+        """Note that the step is durable, publish it, and answer every caller that waits for it."""
         failpoints.passing("step.durable")
         run, step, record = self.run, self.step, self.record
         with run.mutex:
@@ -104,34 +104,34 @@ Events = tuple[tuple[str, dict[str, Any]], ...]
 
 @dataclass(eq=False)
 class AnswerCommit(Generic[T]):
-    """An answer, sent once every step before it and its events are durable."""
+    """An answer that is sent when its events and all commits before it are durable."""
 
     future: Future[T]
     value: T
     events: Events = field(default=(), kw_only=True)
 
     def write(self, journal: Journal) -> None:
-        """Record the events."""
+        """Record the events in the journal."""
         for kind, body in self.events:
             journal.add_event(kind, body)
 
     def committed(self) -> None:
-        """Answer."""
+        """Send the answer."""
         answer(self.future, self.value)
 
 
 @dataclass(eq=False)
 class RevealCommit:
-    """Makes a generation's buffered states visible once the step it samples from is durable."""
+    """Shows a generation's buffered states to its reader when the step whose weights it uses is durable."""
 
     generation: Generation
     seen: HistoryPosition
 
     def write(self, journal: Journal) -> None:
-        """Write nothing."""
+        """Write nothing, because a generation leaves no record."""
 
     def committed(self) -> None:
-        """Reveal the states."""
+        """Let the reader see the buffered states."""
         self.generation.reveal(self.seen.step, self.seen.digest)
 
 
@@ -148,26 +148,26 @@ class SessionEnd(AnswerCommit[None]):
 
 @dataclass(eq=False)
 class LineageCommit(AnswerCommit[None]):
-    """A lineage that a restore opens, and the new epoch, which fences the writer of the old lineage."""
+    """The new lineage of a restore, and a new epoch, which fences the client that wrote the old lineage."""
 
     lineage: Lineage
     session: SessionRecord
 
     def write(self, journal: Journal) -> None:
-        """Record both."""
+        """Record the lineage and the session of the new epoch."""
         journal.add_lineage(self.lineage)
         journal.add_session(self.session)
 
 
 @dataclass(eq=False)
 class CatalogueCommit:
-    """The checkpoints added and deleted since the journal's table was last updated."""
+    """The checkpoints that were added and deleted since the journal's table was last updated."""
 
     catalogue: Catalogue
     changes: dict[str, Manifest | None] = field(default_factory=dict)
 
     def write(self, journal: Journal) -> None:
-        """Update the table."""
+        """Update the journal's table of checkpoints."""
         self.changes = self.catalogue.record(journal)
 
     def committed(self) -> None:
@@ -188,6 +188,6 @@ class DropBatches:
         self.more = journal.drop_payloads(self.stretches, DROPPED_AT_ONCE)
 
     def committed(self) -> None:
-        """Queue the remaining deletions."""
+        """Queue this commit again if batches are left to delete."""
         if self.more:
             self.append(self)

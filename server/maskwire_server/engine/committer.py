@@ -1,8 +1,8 @@
 """The committer thread: the only user of the journal while the run serves.
 
-It writes all waiting commits in one transaction, then does what had to wait for that: answers callers,
-starts to write checkpoints, shows results of evaluations and generations. Between transactions it answers
-queries of the journal, also while the disk is full.
+It writes all waiting commits in one transaction. Then it acts on them: it answers callers, starts the writing
+of checkpoints, and shows results of evaluations and generations. Between transactions it answers queries of
+the journal, even while the disk is full.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ RETRY_SECONDS = 1.0
 
 
 class Commit(Protocol):
-    """Something to be made durable, in the order of `Committer.append`."""
+    """A change to make durable. Commits are written in the order in which they were appended."""
 
     def write(self, journal: Journal) -> None:
-        """Write to the journal within a transaction; called again if the disk was full."""
+        """Write to the journal within a transaction. Called again if the disk was full."""
 
     def committed(self) -> None:
-        """Called once this commit and every earlier one are durable, and in the mirror if answers wait."""
+        """Act on this commit: it and all earlier ones are durable (if answers wait, also in the mirror)."""
 
 
 class Committer:
-    """Groups commits into transactions and answers queries; used from any thread."""
+    """Groups commits into transactions, and answers queries of the journal. Safe to use from any thread."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Committer:
         *,
         mirrored: bool = False,
     ) -> None:
-        """`mirrored`: answers wait for the mirror, which reports its progress through `mirrored_through`."""
+        """With `mirrored`, answers wait for the mirror, which reports its progress to `mirrored_through`."""
         self._run, self._journal = run, journal
         self._disk = disk
         self._clock = clock
@@ -70,7 +70,7 @@ class Committer:
         self._queries: list[JournalQuery] = []
         self._withheld: Withheld[Commit] = Withheld(waits=mirrored)
         self.on_written: Callable[[], None] = _nothing
-        """Called when a transaction is durable here. It must return quickly."""
+        """Called when a transaction is durable on this machine. It must return quickly."""
         self._retry_at: float | None = None
         self._space_requested = False
         self._failed = False  # the disk was full: the same commits are tried again
@@ -79,7 +79,7 @@ class Committer:
         self._thread = threading.Thread(target=self._main, name="maskwire-committer", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; from now on it alone uses the journal."""
+        """Start the thread. From now on, no other thread may use the journal."""
         self._thread.start()
 
     # For other threads.
@@ -90,23 +90,23 @@ class Committer:
         self.wake()
 
     def enqueue(self, commit: Commit) -> None:
-        """Queue a commit. The caller must call `wake`, once it has released the mutex."""
+        """Queue a commit. The caller must call `wake` after it has released the run's mutex."""
         with self._run.mutex:
             self._commits.append(commit)
 
     def read(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> T:
-        """Return `question(journal, …)`, called between two transactions. `question` must be short.
+        """Call `question(journal, …)`, which must be quick, between two transactions; return its result.
 
-        Re-raises errors of `question`. A damaged record raises Refused with reason HISTORY_LOST.
+        Re-raises errors of `question`. Raises Refused with reason HISTORY_LOST if a record is damaged.
         """
         return self.ask(question, *arguments).result()
 
     def ask(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> Future[T]:
-        """Like `read`, without waiting for the result."""
+        """Do the same as `read`, but return a future instead of waiting for the result."""
         return self._ask(question, arguments, waits=True)
 
     def ask_unmirrored(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> Future[T]:
-        """Like `ask`, but the answer never waits for the mirror: used by the mirror itself."""
+        """Do the same as `ask`, but never wait for the mirror. The mirror itself uses this method."""
         return self._ask(question, arguments, waits=False)
 
     def _ask(self, question: Callable[..., Any], arguments: tuple[Any, ...], *, waits: bool) -> Future[Any]:
@@ -120,16 +120,16 @@ class Committer:
 
     @property
     def position(self) -> int:
-        """The newest mark of the outbox: everything up to it is durable on this machine."""
+        """The newest mark of the outbox. All changes up to it are durable on this machine."""
         return self._journal.outbox.position
 
     @property
     def _held_position(self) -> int:
-        """The same if answers wait for the mirror, else 0."""
+        """The value of `position` if answers wait for the mirror; otherwise 0."""
         return self.position if self._withheld.waits else 0
 
     def mirrored_through(self, position: int) -> None:
-        """Note that the mirror works, and has everything up to this mark of the outbox."""
+        """Note that the mirror works, and has all changes up to this mark of the outbox."""
         with self._run.mutex:
             self._withheld.mirrored(position)
             self._withheld.problem = ""
@@ -152,14 +152,14 @@ class Committer:
         self._work.set()
 
     def request_space(self) -> None:
-        """Ask the thread to merge the log if that frees space, and then to wake the executor."""
+        """Ask the thread to merge the journal's log if that frees space, and then to wake the executor."""
         self._space_requested = True
         self.wake()
 
     def hold(self) -> None:
-        """Enter HELD until there is space on the journal's disk. Called under the mutex."""
+        """Enter HELD until there is space on the journal's disk. The caller must hold the run's mutex."""
         if not self._run.conditions.holds(RunState.HELD):
-            log.error("no space on the journal's disk: training pauses until some is freed")
+            log.error("the journal's disk has no space: free some, and training resumes by itself")
         if self._retry_at is None:  # requests that are refused must not postpone the next try
             self._retry_at = self._clock() + RETRY_SECONDS
         self._show_held()
@@ -167,13 +167,13 @@ class Committer:
         self.wake()
 
     def _show_held(self) -> None:
-        """Enter or leave HELD. Under the mutex."""
+        """Enter or leave the state HELD, as disk and mirror require. The caller must hold the mutex."""
         waiting_for = "space on the journal's disk" if self._retry_at is not None else self._withheld.problem
         self._run.conditions.set(RunState.HELD, bool(waiting_for), waiting_for=waiting_for)
         self._run.work.set()
 
     def wait_durable(self) -> bool:
-        """Wait until every queued commit is durable; False on a full disk, a failing mirror, or shutdown."""
+        """Wait until all queued commits are durable; False if disk or mirror fails, or the thread ended."""
         with self._run.mutex:
             while self._commits or self._committing:
                 if self._failed or self._stopped or self._withheld.problem:
@@ -182,7 +182,7 @@ class Committer:
             return True
 
     def withdraw(self, commit: Commit) -> bool:
-        """Remove a commit that waits for disk space; False if it is durable or being written."""
+        """Remove a commit that waits for disk space. Return False if it is durable or being written."""
         with self._run.mutex:
             if commit not in self._commits:
                 return False
@@ -218,7 +218,7 @@ class Committer:
                 refuse(query.future, admission_rules.shutting_down())
 
     def _cycle(self) -> bool:
-        """Do what is due, or wait for work; False when the thread ends."""
+        """Do the work that is due, or wait for work. Return False if the thread should end."""
         with self._run.mutex:
             self._run.queue.expire(self._run.next_number)
             queries, self._queries = self._queries, []
@@ -259,14 +259,14 @@ class Committer:
         return not stopping or (written and bool(self._commits))
 
     def _ready(self) -> bool:
-        """Whether a transaction is due; while the disk is full, once every RETRY_SECONDS."""
+        """Whether a transaction is due. While the disk is full, one is due every RETRY_SECONDS."""
         due = not self._failed or self._stopping
         if self._retry_at is not None and self._clock() >= self._retry_at:
             due = True
         return due and bool(self._commits)
 
     def _timeout(self) -> float | None:
-        """Seconds until a retry or an expiry is due; None: neither is."""
+        """Seconds until the next retry, or until a step has waited too long; None if neither is due."""
         due = [at for at in (self._run.queue.expires_at(), self._retry_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
@@ -283,14 +283,14 @@ class Committer:
             answer(query.future, *found)
 
     def _write_all(self, commits: list[Commit]) -> bool:
-        """Write commits in one transaction; False if the disk is full: the commits stay queued."""
+        """Write commits in one transaction. If the disk is full, keep them queued and return False."""
         began = self._clock()
         try:
             self._journal.transaction(lambda: self._write(commits))
         except JournalError as error:
             if not is_full(error):
                 raise  # whether it was committed is unknown: the process must end
-            log.error("the journal cannot be written: %s", error)
+            log.error("the journal cannot be written: %s; free space on its disk", error)
             with self._run.mutex:
                 self._failed = True
                 self._commits = commits + self._commits
@@ -303,7 +303,7 @@ class Committer:
         return True
 
     def _publish(self, commits: list[Commit]) -> None:
-        """Announce commits that are durable here, or hold them back until the mirror has them."""
+        """Announce commits that are durable on this machine, or hold them back until the mirror has them."""
         position = self._held_position
         with self._run.mutex:
             held_back = self._withheld.holds_commits or self._withheld.holds_back(position)
@@ -314,7 +314,7 @@ class Committer:
         self.on_written()
 
     def _release(self) -> None:
-        """Announce the commits and send the answers that the mirror has by now."""
+        """Announce the commits and send the answers that waited for the mirror and need not wait longer."""
         with self._run.mutex:
             commits, answers = self._withheld.release()
         self._announce(commits)
@@ -339,10 +339,10 @@ class Committer:
             if self._disk.left(self._journal.log_bytes()) < 0:
                 self._retry_at = self._clock() + RETRY_SECONDS
                 return
-            log.warning("the journal's disk has space again: training resumes, nothing was lost")
+            log.warning("the journal's disk has space again: training resumes, and nothing was lost")
             self._retry_at = None
             self._show_held()
 
 
 def _nothing() -> None:
-    """Do nothing: no mirror waits for transactions."""
+    """Do nothing, because no mirror waits for transactions."""

@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """One run. Public methods may be called from any thread; their futures raise `Refused`."""
+    """The engine of one run. Any thread may call the public methods; their futures raise `Refused`."""
 
     def __init__(self, options: EngineOptions, on_fatal: Callable[[BaseException], None]) -> None:
         self._options = options
@@ -114,16 +114,16 @@ class Engine:
 
     @property
     def info(self) -> ModelInfo | None:
-        """The model; None until it is built."""
+        """Properties of the model; None until it is built."""
         return self._start.info
 
     @property
     def limits(self) -> Limits:
-        """Bounds on one request."""
+        """The server's limits on one request."""
         return status.limits(self._serve, self._start.read_tokens)
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
-        """Train on one batch; answered when the step is durable.
+        """Train on one batch. The future is set when the step is durable.
 
         Cancelling the future abandons the step if it has not begun.
         """
@@ -133,21 +133,21 @@ class Engine:
         return future
 
     def step_refused(self, session: SessionRef | None, step: int | None) -> None:
-        """Refuse the steps that wait for `step`, which was refused before it reached the engine."""
+        """Refuse the steps that wait for `step`, because it was refused before it reached the engine."""
         if session is not None and step is not None and self._unanswered.serving:
             self._steps.refused(session, step)
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
-        """Evaluate one batch. The answer comes once the step whose weights were used is durable."""
+        """Evaluate one batch. The future is set when the step whose weights were used is durable."""
         future: Future[EvalAnswer] = Future()
         with self._unanswered.answering(future):
             self._push(Evaluation(request, future))
         return future
 
     def generate(self, request: GenerateRequest) -> Generation:
-        """Sample rows. Iterate over the result for the answers; cancel it when they are no longer read.
+        """Sample rows. Iterate over the result for the answers, or cancel it when they are no longer read.
 
-        Answers come once the step whose weights are sampled is durable.
+        Answers come when the step whose weights are used is durable.
         """
         generation = Generation(request)
         with self._unanswered.answering(generation.future):
@@ -155,7 +155,7 @@ class Engine:
         return generation
 
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
-        """Save a checkpoint; answered when it is durable and verified."""
+        """Save a checkpoint. The future is set when the checkpoint is durable and verified."""
         future: Future[CheckpointInfo] = Future()
         with self._unanswered.answering(future):
             if self._saves.join(request, future):
@@ -167,7 +167,7 @@ class Engine:
         return future
 
     def restore(self, request: RestoreRequest) -> Future[RestoreResult]:
-        """Restore a checkpoint, on a new lineage."""
+        """Restore a checkpoint, from which the run continues on a new lineage."""
         future: Future[RestoreResult] = Future()
         with self._unanswered.answering(future):
             admission_rules.refuse_unavailable(self._run.conditions.state)
@@ -185,7 +185,7 @@ class Engine:
         return future
 
     def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
-        """Make the caller the run's writer."""
+        """Open a session, which makes the caller the run's only writer."""
         future: Future[SessionAnswer] = Future()
         with self._unanswered.answering(future):
             self._sessions.open(request, future)
@@ -207,36 +207,36 @@ class Engine:
         return own if self._mirror is None else [info for info in own if self._mirror.shows(info)]
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
-        """A checkpoint's files in chunks. It is not deleted until the iterator ends or is closed."""
+        """Return a checkpoint's files in chunks. They are kept until the iterator ends or is closed."""
         if not self._catalogue.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; retry")
         self._recognise(self._checkpoints.named(request.name))
         return download.read(self._checkpoints, request)
 
     def _recognise(self, manifests: Iterable[Manifest]) -> None:
-        """Look up checkpoints that were copied into the directory while the server runs."""
+        """Look up in the journal whether checkpoints that were copied in meanwhile belong to the run."""
         if self._serving.done() and any(self._catalogue.unknown(manifest) for manifest in manifests):
             self._committer.read(self._catalogue.look_up)
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
-        """A page of recorded steps of one lineage."""
+        """Return a page of the recorded steps of one lineage."""
         self._unanswered.require_serving()
         page = self._committer.ask(listing.page, self._run.head.computed.run_id, request)
         return self._unanswered.add(page)
 
     @property
     def tokenizer(self) -> KeptTokenizer:
-        """The tokenizer of the run's data. Raises Refused until the run serves."""
+        """The tokenizer of the run's data. Raises Refused until the run is served."""
         self._unanswered.require_serving()
         return self._tokenizer
 
     def status(self) -> RunStatus:
-        """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
+        """Report state, progress and what the run is waiting for. Never waits for the device or the disk."""
         newest = self._saver.newest
         return status.report(self._run, self._serve, self.info, newest, self._versions, self._mirror)
 
     def drain(self, timeout: float) -> bool:
-        """Refuse queued requests, finish the current one, save if needed; False after `timeout` seconds."""
+        """Refuse queued requests, finish the current one, and save if needed; False after `timeout` s."""
         if not self._serving.done() or not self._thread.is_alive():
             return True
         done: Future[None] = Future()
@@ -258,7 +258,7 @@ class Engine:
         return True
 
     def close(self) -> None:
-        """Refuse what is queued, stop the threads and release the run directory."""
+        """Refuse queued requests, stop the threads and release the run directory."""
         self._start.stop()
         if self._thread.ident is None:
             return
@@ -311,7 +311,7 @@ class Engine:
             self._shut_down()
 
     def _build(self, ready: Ready) -> None:
-        """Build the collaborators that serve the recovered run."""
+        """Build the committer, the executor and the other parts that serve the recovered run."""
         run, serve, clock, mirror = self._run, self._serve, self._options.clock, self._mirror
         journal, disk, mirrored = ready.journal, self._disk, mirror is not None and mirror.awaited
         self._committer = Committer(run, journal, disk, clock, self._must_end, mirrored=mirrored)
@@ -330,7 +330,7 @@ class Engine:
         self._executor.halt_if_due()
 
     def _must_end(self, error: BaseException) -> None:
-        """End the process after a fatal error of the committer or the mirror. Any thread."""
+        """End the process after a fatal error of the committer or the mirror. Any thread may call it."""
         self._on_fatal(error)
         self._executor.stop()
 

@@ -15,7 +15,7 @@ from maskwire_server.journal.object_store import ObjectStore
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """The run directory, how to build the trainer, and the settings of this start."""
+    """The parameters of an engine: run directory, factory of the trainer, and settings of this process."""
 
     factory: Callable[[], Trainer]
     """Builds the trainer, on the executor's thread."""
@@ -36,10 +36,10 @@ class EngineOptions:
     """Continue from this step although acknowledged steps after it are lost."""
     identity: Callable[[str], bytes] | None = None
     """Makes the canonical configuration of a new run whose initial weights do not come from the seed, given
-    the SHA-256 of these weights. None: `canonical` is the run's."""
+    the SHA-256 of these weights. None if `canonical` is the run's."""
     last_error: str = ""
-    """Why earlier processes that served the run ended; empty: not known."""
+    """Why earlier processes that served the run ended; empty if this is not known."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     store: ObjectStore | None = None
-    """The object store of the mirror that `storage` names; None: the run has no mirror."""
+    """The object store of the mirror that `storage` names; None if the run has no mirror."""
     clock: Callable[[], float] = time.monotonic

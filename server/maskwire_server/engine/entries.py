@@ -31,7 +31,7 @@ class Step:
     """One future for the request, and one for each retry that joined it."""
     arrived: float
     expecting: list[tuple[int, Future[StepAnswer]]] = field(default_factory=list)
-    """Retries that named a number and joined before the step had one."""
+    """Retries that asked for a number and joined before the step had its number."""
     number: int = 0
     """The step's number; 0 until the executor takes it from the queue."""
     started: float = 0.0
@@ -48,27 +48,27 @@ class Step:
 
     @property
     def payload_hash(self) -> bytes:
-        """The payload hash. Computed when it is first needed, by whichever thread needs it."""
+        """The payload hash, 32 bytes. The first thread that needs it computes it."""
         with self._hashing:
             if self._hash is None:
                 self._hash = self.request.payload.hash(self.digest_version)
             return self._hash
 
     def use_version(self, version: DigestVersion) -> None:
-        """Set the version of the digest; a hash that was computed with another version is discarded."""
+        """Set the version of the digest, and discard a hash that was computed with another version."""
         with self._hashing:
             if version != self.digest_version:
                 self.digest_version, self._hash = version, None
 
     def refuse_other_numbers(self, number: int) -> None:
-        """Refuse the retries that named a number other than `number`, which the step gets."""
+        """Refuse retries that asked for a number other than `number`, which is the number of this step."""
         for expected, waiter in self.expecting:
             if expected != number:
                 refuse(waiter, other_step(number))
 
     @property
     def abandoned(self) -> bool:
-        """Whether no caller waits: each has cancelled, or was refused."""
+        """Whether no caller waits for the step any more: each has cancelled, or was answered or refused."""
         return all(waiter.done() for waiter in self.waiters)
 
 
@@ -82,18 +82,18 @@ class Evaluation:
 
 @dataclass(eq=False)
 class Save:
-    """A checkpoint of the state between two steps."""
+    """A request to save a checkpoint of the state between two steps."""
 
     request: SaveRequest
     waiters: list[Future[CheckpointInfo]] = field(default_factory=list)
     automatic: bool = False
     arrived: float | None = None
-    """None: no client asked for it."""
+    """When the request arrived; None if no client asked for the save."""
 
 
 @dataclass(eq=False)
 class SessionOpening:
-    """A new session: its epoch was advanced in memory, and is recorded between two steps."""
+    """The opening of a session. Its new epoch is already in memory, and is recorded between two steps."""
 
     epoch: int
     request: SessionRequest
@@ -101,7 +101,7 @@ class SessionOpening:
 
 @dataclass(eq=False)
 class Restore:
-    """A restore of a checkpoint that is pinned and whose files were verified."""
+    """A restore of a checkpoint whose files were verified, and which is protected from deletion."""
 
     request: RestoreRequest
     manifest: Manifest
@@ -110,7 +110,7 @@ class Restore:
 
 @dataclass(eq=False)
 class Drain:
-    """The shutdown: save if steps were trained since the newest checkpoint."""
+    """The shutdown of the run. It saves a checkpoint if steps were trained since the newest one."""
 
     future: Future[None]
 

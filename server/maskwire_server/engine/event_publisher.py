@@ -24,7 +24,7 @@ QUEUED_EVENTS = 4096
 
 
 class Publisher:
-    """Passes each event to an aggregate at once, and to the subscribers through their queues."""
+    """Passes each event to the aggregates at once, and to the subscribers through their queues."""
 
     def __init__(self, aggregate: Callable[[Event], None] | None = None) -> None:
         self._aggregate = aggregate
@@ -37,7 +37,7 @@ class Publisher:
         feed.start()
 
     def publish(self, event: Event) -> None:
-        """Pass an event on. Any thread; never waits, never raises."""
+        """Pass an event to the aggregates and the subscribers. Any thread may call it. It never waits."""
         if self._aggregate is not None:
             self._aggregate(event)
         for feed in self._feeds:
@@ -45,7 +45,7 @@ class Publisher:
                 feed.put(event)
 
     def wanted(self, kind: type[Event]) -> bool:
-        """Whether a subscriber wants events of this kind; if not, none needs to be created."""
+        """Whether a subscriber wants events of this kind. If not, such events need not be created."""
         return any(kind in feed.subscriber.kinds for feed in self._feeds)
 
     @property
@@ -54,7 +54,7 @@ class Publisher:
         return {feed.subscriber.name: feed.dropped for feed in self._feeds}
 
     def close(self, seconds: float = 2.0) -> None:
-        """Let the subscribers handle what is queued, for at most `seconds`, and end their threads."""
+        """Let each subscriber handle its queued events, for at most `seconds`, and end their threads."""
         for feed in self._feeds:
             feed.stop()
         for feed in self._feeds:
@@ -76,7 +76,7 @@ class Feed:
         self._thread = threading.Thread(target=self._main, name=f"maskwire-{subscriber.name}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the subscriber's thread."""
         self._thread.start()
 
     def put(self, event: Event) -> None:
@@ -91,13 +91,13 @@ class Feed:
                 self._changed.notify()
 
     def stop(self) -> None:
-        """Accept no more events; the thread ends after those that are queued."""
+        """Accept no more events. The thread ends when it has handled those that are queued."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
 
     def join(self, seconds: float) -> None:
-        """Wait for the thread to end. A blocked subscriber's thread ends with the process."""
+        """Wait at most `seconds` for the thread to end. A blocked thread ends with the process."""
         self._thread.join(seconds)
 
     def _main(self) -> None:
@@ -127,6 +127,7 @@ class Feed:
             if not self._failed:  # once: it may fail for every event
                 self._failed = True
                 log.exception(
-                    "%s failed; the run continues, further failures are counted", self.subscriber.name
+                    "%s failed; the run continues, and further failures are only counted",
+                    self.subscriber.name,
                 )
             return None

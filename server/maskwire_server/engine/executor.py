@@ -41,7 +41,7 @@ HALT_AFTER = 3
 
 
 class Executor:
-    """Runs on the thread that owns the trainer; only `stop` is called by others."""
+    """Executes queue entries, on the thread that owns the trainer. Other threads may call only `stop`."""
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class Executor:
         self._stopping = False
 
     def stop(self) -> None:
-        """Make `serve` return after the current entry. Any thread."""
+        """Make `serve` return after the current entry. Any thread may call it."""
         self._stopping = self._restores.stopping = True
         self._run.work.set()
 
     def serve(self) -> None:
-        """Execute entries until `stop`. Raises StateLost or DeviceLost: the process must restart."""
+        """Execute entries until `stop` is called. After StateLost or DeviceLost, the process must restart."""
         while (entry := self._take()) is not None:
             call_context.current.set(entry.call if isinstance(entry, Step) else None)
             if isinstance(entry, Step):
@@ -103,7 +103,7 @@ class Executor:
             self._run.computing.end()
 
     def _take(self) -> Entry | None:
-        """Wait for an entry that can be executed now, and number it if it is a step. None: stop."""
+        """Wait for an entry that can be executed now, and number it if it is a step; None after `stop`."""
         while not self._stopping:
             with self._run.mutex:
                 self._look_again = None
@@ -114,7 +114,7 @@ class Executor:
         return None
 
     def _next(self) -> Entry | None:
-        """Pop the first entry that can be executed now; None: wait. Under the mutex."""
+        """Pop the first entry that can be executed now, or return None. The caller must hold the mutex."""
         run, queue = self._run, self._run.queue
         while (entry := queue.first()) is not None:
             held = run.conditions.holds(RunState.HELD)
@@ -148,13 +148,16 @@ class Executor:
         return None
 
     def _may_read(self) -> bool:
-        """Whether a read may begin now; otherwise steps go first."""
+        """Whether an evaluation or generation may begin now. If not, steps go first."""
         left = self._run.share.seconds_until_read(step_waits=self._run.queue.step_waits)
         self._look_again = left or None
         return not left
 
     def _refuse_invalid(self, step: Step) -> bool:
-        """Pop the first step if it is abandoned, out of order, or hashed with another digest version."""
+        """Remove the first step if it is abandoned, out of order, or has a digest version unlike the run's.
+
+        Returns whether the step was removed.
+        """
         run, queue = self._run, self._run.queue
         number = run.head.computed.step + 1
         fixed = run.head.digest_version
@@ -180,7 +183,7 @@ class Executor:
         return self._disk.left(self._journal.log_bytes()) >= needed
 
     def _refuse_without_room(self, step: Step) -> bool:
-        """Refuse the first step, which does not fit on the disk; False while space may still be freed."""
+        """Refuse the first step, which does not fit on the disk. Return False while space may be freed."""
         queue, number = self._run.queue, self._run.head.computed.step + 1
         if self._run.uncommitted:
             return False
@@ -232,11 +235,13 @@ class Executor:
             self._run.step_timeout.add(shape, step.ended - step.started)
             failpoints.passing("step.computed")
         except BaseException as error:  # the weights have changed, so the step cannot be refused
-            raise StateLost(f"step {step.number} was computed but could not be recorded: {error}") from error
+            raise StateLost(
+                f"step {step.number} was computed but could not be recorded: {error}; the server must restart"
+            ) from error
         return result
 
     def _consume(self, step: Step, result: StepResult) -> None:
-        """Append a computed step to the history, and hand it to the committer."""
+        """Append a computed step to the run's history, and pass it to the committer."""
         run, head = self._run, self._run.head
         here = head.computed
         digest = step_digest(here.digest, here.lineage, step.number, step.payload_hash, int(result.outcome))
@@ -270,7 +275,7 @@ class Executor:
         self._committer.wake()
 
     def halt_if_due(self) -> None:
-        """Enter HALTED if the last HALT_AFTER steps were not finite; a session with takeover ends it."""
+        """Enter HALTED if the last HALT_AFTER steps were not finite. A session with takeover ends HALTED."""
         if self._run.head.non_finite < HALT_AFTER:
             return
         step = self._run.head.computed.step
@@ -311,7 +316,7 @@ class Executor:
     def _drain(self, drain: Drain) -> None:
         """Save if steps were trained since the newest checkpoint and the disk is not full, then answer.
 
-        Before the answer, the mirror gets some time to upload the rest.
+        Before it answers, give the mirror some time to upload the rest.
         """
         began, most = self._clock(), self._serve.drain_seconds
         if self._committer.wait_durable():

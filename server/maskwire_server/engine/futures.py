@@ -1,4 +1,4 @@
-"""Setters for futures that several threads may set: the first result wins, a cancelled future gets none."""
+"""Setters for futures that several threads may set: the first result wins. Cancelled futures get none."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ MOST_PENDING_BYTES = 32 * 2**20
 class Generation:
     """A queue entry for the executor, and an iterator over answers for the reader.
 
-    Three threads use it. The executor puts states in. The committer calls `reveal` once the step whose
-    weights are sampled is durable, and answers `future` after the last state. The reader iterates, and may
+    Three threads use it. The executor puts states into the buffer. The committer calls `reveal` when the step
+    whose weights are used is durable, and answers `future` after the last state. The reader iterates, and may
     cancel.
     The buffer is bounded: newer states replace older ones, the last state is never replaced, and the
     executor never waits.
@@ -35,11 +35,11 @@ class Generation:
 
     @property
     def over(self) -> bool:
-        """Whether no further pass is needed."""
+        """Whether the generation has ended, so that no further pass is needed."""
         return self.future.done()
 
     def put(self, state: GenerationState) -> bool:
-        """Buffer the state after a pass; returns whether another pass is wanted."""
+        """Buffer the state after a pass, and return whether another pass is needed."""
         if not (state.done or self.request.every_step):
             return not self.over
         with self._changed:
@@ -57,11 +57,11 @@ class Generation:
             self._changed.notify_all()
 
     def cancel(self) -> None:
-        """Stop the generation: the client disconnected."""
+        """Stop the generation, because its client has disconnected."""
         self.future.cancel()
 
     def __iter__(self) -> Iterator[GenerateAnswer]:
-        """Answers until the last; raises Refused, or CancelledError after `cancel`."""
+        """Yield the answers until the last one. Raises Refused, or CancelledError after `cancel`."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self.over or (self._seen and self._states))

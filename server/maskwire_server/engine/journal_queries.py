@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JournalQuery:
-    """A question, and the future of its answer."""
+    """A question about the journal, and the future that receives its answer."""
 
     question: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -28,7 +28,7 @@ class JournalQuery:
     """Whether the answer must wait until the mirror has the records that it comes from."""
 
     def find(self, journal: Journal, run: Run) -> tuple[Any] | None:
-        """The answer, in a tuple. None: the future is refused, or its caller no longer waits."""
+        """Return the answer in a tuple, or None if the future is refused or its caller no longer waits."""
         future = self.future
         if future.cancelled():
             return None
@@ -42,8 +42,10 @@ class JournalQuery:
         except JournalError as error:
             if not is_damaged(error):
                 raise
-            log.error("the journal is damaged: %s", error)
-            refuse(future, Refused("HISTORY_LOST", f"the journal is damaged ({error}); check the disk"))
+            log.error("the journal is damaged: %s; check the server's disk", error)
+            refuse(
+                future, Refused("HISTORY_LOST", f"the journal is damaged ({error}); check the server's disk")
+            )
         except (OSError, MemoryError) as error:
             if not is_shortage(error):
                 raise

@@ -19,12 +19,12 @@ from maskwire_server.journal.fsync import flush_folder
 log = logging.getLogger(__name__)
 
 NAME = "data-tokenizer.json"
-"""The file in the run directory."""
+"""The name of the file in the run directory."""
 _BYTES = "bytes"
 
 
 class KeptTokenizer:
-    """One file, replaced atomically. Safe to use from several threads."""
+    """The file with the tokenizer of a run's data, replaced atomically. Safe to use from several threads."""
 
     def __init__(self, run_dir: Path, run: Run) -> None:
         self._path = run_dir / NAME
@@ -34,16 +34,16 @@ class KeptTokenizer:
 
     @property
     def digest(self) -> str:
-        """The digest of the kept tokenizer; empty: none is kept."""
+        """The digest of the kept tokenizer; empty if none is kept."""
         if self._digest is None:
             found = self.read()
             self._digest = "" if found is None else found.digest
         return self._digest
 
     def read(self) -> TokenizerDescription | None:
-        """The kept tokenizer; None if none is kept, or if its file is damaged.
+        """Read the kept tokenizer; None if none is kept, or if its file is damaged.
 
-        A client that trains sends a damaged one again.
+        In both cases, the next client that trains sends the tokenizer again.
         """
         try:
             fields = json.loads(self._path.read_bytes())
@@ -61,7 +61,7 @@ class KeptTokenizer:
             return None
 
     def of_run(self) -> TokenizerDescription | None:
-        """The kept tokenizer; None if there is none, or if the run's ids are of another."""
+        """The kept tokenizer; None if none is kept, or if the run's ids were encoded with another one."""
         found = self.read()
         return None if found is None or found.name != self._name else found
 
@@ -71,13 +71,16 @@ class KeptTokenizer:
             return self._run.head.tokenizer
 
     def keep(self, given: TokenizerDescription) -> None:
-        """Keep the tokenizer of the run's ids. Raises Refused and OSError."""
+        """Store the tokenizer with which the run's ids were encoded.
+
+        Raises Refused if `given` is another tokenizer, and OSError if it cannot be written.
+        """
         of_run = self._name
         if given.name != of_run:
             raise Refused(
                 "TOKENIZER_MISMATCH",
-                f"the run uses tokenizer {of_run or '(none yet)'}, got {given.name}: train on data "
-                f"encoded with {given.name} first",
+                f"the run uses tokenizer {of_run or '(none yet)'}, got {given.name}: first train on data "
+                f"that is encoded with {given.name}",
                 tokenizer=of_run,
                 client_tokenizer=given.name,
             )
@@ -86,7 +89,7 @@ class KeptTokenizer:
             raise invalid_field(
                 "tokenizer.file",
                 f"tokenizer.file must have the hash in tokenizer.name, {given.name}, got a file with {name}; "
-                "send the file that has this hash, or correct the name",
+                "send the file with the hash in tokenizer.name, or correct the name",
             )
         fields = dataclasses.asdict(given) | {"file": base64.b64encode(given.file).decode()}
         with self._lock:

@@ -12,7 +12,7 @@ from maskwire_server.session_holder import ClientProcess, Holder
 class Lease:
     """The lease of the newest epoch. A session ends when it is closed or idle for too long.
 
-    Used under the run's mutex; only status reports read it without.
+    Callers hold the run's mutex. Only status reports read the lease without it.
     """
 
     def __init__(self, idle_seconds: float, clock: Callable[[], float]) -> None:
@@ -41,7 +41,7 @@ class Lease:
         process: ClientProcess | None = None,
         digest_versions: tuple[int, ...] = VERSIONS,
     ) -> None:
-        """Continue with the newest recorded epoch after a restart or restore; its idle time starts now."""
+        """Continue with the newest recorded epoch after a restart or restore. Its idle time starts now."""
         if session is not None:
             self.digest_versions = digest_versions
             self.epoch, self.client_name, self.closed = session.epoch, session.client_name, session.closed
@@ -57,9 +57,9 @@ class Lease:
         *,
         supersedes: bool = False,
     ) -> None:
-        """Begin a new epoch; its session counts as open while its record is being made durable.
+        """Begin a new epoch. Its session counts as open while its record is being made durable.
 
-        `supersedes`: whether the previous epoch's session is still open.
+        `supersedes` says whether the session of the previous epoch is still open.
         """
         self.superseded = self.holder if supersedes else None
         self.epoch, self.client_name, self.process, self.closed = epoch, client_name, process, False
@@ -68,17 +68,20 @@ class Lease:
         self.touch()
 
     def opened(self) -> None:
-        """Start the idle timer, once the new epoch is durable."""
+        """Start the idle timer, because the new epoch is durable."""
         self._opening = False
         self.touch()
 
     def touch(self) -> None:
-        """Restart the idle time: a request of the session arrived or was answered."""
+        """Restart the idle timer, because a request of the session arrived or was answered."""
         self._active = self._clock()
         self._ended = False
 
     def present(self, busy: bool) -> str:
-        """The name of the client whose session is open, or "". `busy`: steps are queued or in flight."""
+        """Return the name of the client whose session is open, or "" if none is.
+
+        `busy` says whether steps are queued or in flight. A session does not expire while it is busy.
+        """
         if self.closed or not self.epoch:
             return ""
         if not busy and not self._opening and self._clock() - self._active >= self._idle_seconds:

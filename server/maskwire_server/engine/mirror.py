@@ -1,7 +1,8 @@
 """The mirror of a run in an object store, while the run starts and while it is served.
 
-Two threads upload: one the journal's changes as segments, the other checkpoints. No step waits for them,
-unless `acknowledge = "mirrored"`: then the committer holds back each answer until a segment has its records.
+Of its two threads, one uploads the journal's changes as segments, and the other uploads checkpoints. No step
+waits for them, unless `acknowledge = "mirrored"`: then the committer holds back each answer until the records
+that it reports are in a segment.
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ class Mirror:
     def settle(self, journal: Journal) -> None:
         """Upload what must be in the mirror before this server computes a step or answers a client.
 
-        That is the newest checkpoint, if the mirror has none from which the run can be recovered. If answers
-        wait for the mirror, also every record of the journal. It can be called again if the disk was full.
+        The newest checkpoint is uploaded if the mirror has none from which the run can be recovered. If
+        answers wait for the mirror, every record of the journal is uploaded too. The method can be called
+        again if the disk was full.
         """
         if (self.awaited and self._copies.newest is None) or self._lacks_checkpoint(journal):
             self._copies.upload_newest(journal.lineages())
@@ -130,10 +132,10 @@ class Mirror:
         self._problem = ""
 
     def _lacks_checkpoint(self, journal: Journal) -> bool:
-        """Whether the run could not be recovered from the checkpoints in the mirror and the journal.
+        """Whether recovery from the mirror needs a checkpoint that the mirror lacks.
 
-        A checkpoint is needed if the journal lacks batches, if the initial weights do not come from the seed,
-        and after an inexact replay, which another machine cannot repeat.
+        Such a checkpoint is needed if the journal lacks batches, if the initial weights do not come from the
+        seed, or if there was an inexact replay, which another machine cannot repeat.
         """
         lineages = journal.lineages()
         segments = ancestry(lineages, max(lineages))
@@ -146,7 +148,7 @@ class Mirror:
         )
 
     def _wait(self, tell: Callable[[str], None], failure: StoreError) -> bool:
-        """Wait before a call to the store is retried; False if the server is stopping."""
+        """Wait before a call to the store is retried. Return False if the server is stopping."""
         self._note(failure)
         tell(f"the mirror: {failure}")
         self._work.wait(START_RETRY_SECONDS)
@@ -155,7 +157,7 @@ class Mirror:
     # Any thread.
 
     def start(self, committer: Committer) -> None:
-        """Start to upload what the committer writes."""
+        """Start the two threads, which upload the journal's changes and the checkpoints."""
         self._committer = committer
         self._problem = ""
         self._store.patience = _no_patience
@@ -207,7 +209,7 @@ class Mirror:
         return self._failures + self._saves.failures
 
     def status(self) -> MirrorStatus:
-        """How much of the run is in the mirror. Takes no lock."""
+        """Report how much of the run is in the mirror. Takes no lock."""
         newest = self._copies.newest
         writer = getattr(self, "_writer", None)
         return MirrorStatus(
@@ -258,7 +260,7 @@ class Mirror:
             self._on_fatal(error)
 
     def _upload(self) -> bool:
-        """Upload one segment if there are changes; return whether there are more."""
+        """Upload one segment if there are changes, and return whether more changes are left."""
         more = False
         if self._writer.pending is None:
             page = self._next_page()
@@ -282,7 +284,7 @@ class Mirror:
         return more
 
     def _send(self) -> Segment:
-        """Upload the composed segment, and return it. Raises FencedError; StoreError if a retry can help."""
+        """Upload and return the composed segment. Raises FencedError, or StoreError if a retry can help."""
         segment = self._writer.pending
         assert segment is not None
         self._writer.send()
@@ -291,17 +293,17 @@ class Mirror:
         return segment
 
     def _next_page(self) -> Page | None:
-        """The changes that the mirror lacks; None while the server shuts down. Raises StoreError."""
+        """Return the next changes that the mirror lacks; None during shutdown. Raises StoreError."""
         try:
             size = self._settings.segment_bytes
             return self._committer.ask_unmirrored(_page, self._sent, size).result()
         except Refused as refusal:
             if refusal.reason == "DRAINING":
                 return None
-            raise StoreError(f"the journal cannot be read: {refusal}") from refusal
+            raise StoreError(f"the journal cannot be read for the mirror: {refusal}") from refusal
 
     def _advance(self, mark: int) -> None:
-        """Note that the mirror has everything up to this mark."""
+        """Note that the mirror has all changes of the journal up to this mark of the outbox."""
         if self._problem:
             log.warning("the mirror at %s can be written again", self._store.address)
         self._problem = ""
@@ -312,14 +314,14 @@ class Mirror:
     def _note(self, error: BaseException) -> None:
         self._failures += 1
         if not self._problem:
-            log.error("%s; trying again", error)
+            log.error("the mirror cannot be written now: %s; trying again", error)
         self._problem = str(error)
 
 
 def mirror_of(
     options: EngineOptions, run: Run, checkpoints: Checkpoints, on_fatal: Callable[[BaseException], None]
 ) -> Mirror | None:
-    """The mirror that the settings name, if any."""
+    """Return the mirror that the settings name, or None."""
     if options.store is None:
         return None
     drops_batches = options.serve.keep_payloads == "recovery"

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class Progress:
-    """The progress of one thread, which writes it. The watchdog reads it without a lock."""
+    """The progress of one thread. This thread updates it, and the watchdog reads it without a lock."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._beat_at = clock()
         self.doing = ""
-        """What the thread works on; empty: it waits for work."""
+        """What the thread works on; empty if it waits for work."""
         self.beats = 0
         """Incremented when work begins, when a part of it is done, and when it ends."""
         self.limit = 0.0

@@ -42,7 +42,7 @@ class Quarantine:
 
     @contextlib.contextmanager
     def watch(self, payload_hash: bytes) -> Iterator[None]:
-        """Note a batch while it is computed. An exception is not a crash, unless it ends the process."""
+        """Keep a note of a batch while it is computed. An exception is a crash if it ends the process."""
         crashes = self._crashes if payload_hash == self._hash else 0
         with _best_effort():
             self._path.write_bytes(_NOTE.pack(payload_hash, crashes))
@@ -60,8 +60,11 @@ class Quarantine:
 
 @contextlib.contextmanager
 def _best_effort() -> Iterator[None]:
-    """Log an error of the note's file: it must not fail the step."""
+    """Log an error in writing or deleting the note, because it must not make the step fail."""
     try:
         yield
     except OSError as error:
-        log.warning("cannot note the current batch, a crash on it will not be counted: %s", error)
+        log.warning(
+            "the note of the current batch was not written or deleted, so its crashes may be miscounted: %s",
+            error,
+        )

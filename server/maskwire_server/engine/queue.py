@@ -1,7 +1,7 @@
 """The executor's queue, and the reorder table of steps that arrived before their predecessors.
 
-Queued steps have no number. The executor numbers a step when it takes it, so nothing has to be renumbered
-when a queued step is refused or abandoned.
+Queued steps have no number. The executor numbers a step when it takes the step from the queue, so that
+nothing has to be renumbered when a queued step is refused or abandoned.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from maskwire_server.errors import Refused
 
 
 class Queue:
-    """Entries for the executor in order. Methods are called under the run's mutex.
+    """Entries for the executor, in order. Callers of the methods must hold the run's mutex.
 
-    Status reports call `len`, `busy`, `reads` and `without_reads` without the mutex.
+    Only status reports call `len`, `busy`, `reads` and `without_reads` without the mutex. Reads are
+    evaluations and generations. Early steps are steps that arrived before their predecessors.
     """
 
     def __init__(self, clock: Callable[[], float], gap_seconds: float) -> None:
@@ -38,9 +39,9 @@ class Queue:
         self._refused: set[int] = set()  # numbers whose step was refused, until another step takes them
 
     def __len__(self) -> int:
-        """Entries that wait, without reads whose callers have left.
+        """The number of entries that wait, except evaluations and generations whose callers have left.
 
-        Early steps do not count: they must not keep their predecessor out.
+        Steps that wait for a predecessor do not count, because they must not keep it out of the queue.
         """
         return self.without_reads + self.reads()
 
@@ -51,12 +52,12 @@ class Queue:
 
     @property
     def ahead(self) -> int:
-        """The number of steps that will be numbered before one that is queued now."""
+        """The number of steps that will be numbered before a step that is queued now."""
         return self._steps + (self.computing is not None)
 
     @property
     def refused_number(self) -> int | None:
-        """The lowest number whose step was refused and that no other step has taken since."""
+        """The lowest number of a refused step that no other step has taken since; None if there is none."""
         return min(self._refused, default=None)
 
     @property
@@ -66,12 +67,12 @@ class Queue:
 
     @property
     def first_arrived(self) -> float | None:
-        """When the first queued step or requested save arrived; None: none is queued."""
+        """When the first queued step or requested save arrived; None if none is queued."""
         waiting = (entry.arrived for entry in self._entries if isinstance(entry, Step | Save))
         return next((arrived for arrived in waiting if arrived is not None), None)
 
     def reads(self, credential: str | None = None) -> int:
-        """The number of evaluations and generations that wait, of one credential or of all."""
+        """The number of evaluations and generations that wait: those of one credential, or all."""
         return sum(
             isinstance(entry, Evaluation | Generation)
             and not entry.future.done()
@@ -81,9 +82,9 @@ class Queue:
 
     @property
     def without_reads(self) -> int:
-        """The number of entries that wait, without reads.
+        """The number of entries that wait, except evaluations and generations.
 
-        The limit on steps and saves is compared with this number, so that reads take no place from them.
+        The limit on steps and saves is compared with this number, so that reads cannot take their places.
         """
         entries = self._entries.copy()  # atomic, whatever other threads do
         return len(self._parked) + sum(not isinstance(entry, Evaluation | Generation) for entry in entries)
@@ -95,20 +96,20 @@ class Queue:
     # Finding a step.
 
     def with_id(self, request_id: str | None) -> Step | None:
-        """The step in flight that has this request id."""
+        """The step in flight that has this request id; None if there is none."""
         return None if request_id is None else self._by_id.get(request_id)
 
     def with_number(self, number: int | None) -> Step | None:
-        """The step in flight that has, or asked for, this number."""
+        """The step in flight that has this number or asked for it; None if there is none."""
         return None if number is None else self._by_number.get(number) or self._early.get(number)
 
     def reserve_id(self, step: Step) -> None:
-        """Index a step by its request id, so that retries join it; `settle` removes it."""
+        """Index a step by its request id, so that retries can join it. `settle` removes it from the index."""
         if step.request.request_id is not None:
             self._by_id[step.request.request_id] = step
 
     def settle(self, step: Step) -> None:
-        """Remove a step from both indexes: it is durable, or was refused."""
+        """Remove a step from the indexes by id and number, because it is durable or was refused."""
         request_id, asked = step.request.request_id, step.request.step
         for number in {step.number, asked}:
             if number is not None and self._by_number.get(number) is step:
@@ -119,7 +120,7 @@ class Queue:
     # Into the queue.
 
     def push_step(self, step: Step, next_number: int) -> None:
-        """Queue the step that will be numbered `next_number`, and the early steps that waited for it."""
+        """Queue the step that will be numbered `next_number`, and the steps that waited for it."""
         successor: Step | None = step
         while successor is not None:
             self.reserve_id(successor)
@@ -138,7 +139,7 @@ class Queue:
         self._early[number] = step
 
     def replace(self, old: Step, new: Step) -> bool:
-        """Replace an abandoned step that asked for the same number; False if it has left the queue."""
+        """Replace an abandoned step by one with the same number. Return False if it is not in the queue."""
         if old not in self._entries:
             return False
         self.settle(old)
@@ -157,7 +158,7 @@ class Queue:
         self._entries.appendleft(entry)
 
     def push_restore(self, restore: Restore) -> None:
-        """Queue a restore before all others but the sessions that were admitted before it."""
+        """Queue a restore before all other entries except the openings of sessions, which came first."""
         sessions = [at for at, entry in enumerate(self._entries) if isinstance(entry, SessionOpening)]
         self._entries.insert(sessions[-1] + 1 if sessions else 0, restore)
 
@@ -167,18 +168,18 @@ class Queue:
     # Out of the queue.
 
     def first(self) -> Entry | None:
-        """The entry that the executor takes next."""
+        """The first entry of the queue; None if it is empty."""
         return self._entries[0] if self._entries else None
 
     def pop(self) -> Entry:
-        """Take the first entry."""
+        """Remove and return the first entry."""
         entry = self._entries.popleft()
         if isinstance(entry, Step):
             self._steps -= 1
         return entry
 
     def bring_forward(self) -> bool:
-        """Move the first entry that is no evaluation or generation to the front; False if there is none."""
+        """Move the first entry that is not a read to the front; return False if there is none."""
         for entry in self._entries:
             if not isinstance(entry, Evaluation | Generation):
                 self._entries.remove(entry)
@@ -187,7 +188,7 @@ class Queue:
         return False
 
     def pop_session_opening(self) -> SessionOpening | None:
-        """Take the first entry if it is a session that opens."""
+        """Remove and return the first entry if it is the opening of a session; otherwise return None."""
         opening = self.first()
         if not isinstance(opening, SessionOpening):
             return None
@@ -195,14 +196,14 @@ class Queue:
         return opening
 
     def pop_restore(self) -> Restore | None:
-        """Take the restore that waits, if any."""
+        """Remove and return the first restore that waits, or return None."""
         restore = next((entry for entry in self._entries if isinstance(entry, Restore)), None)
         if restore is not None:
             self._entries.remove(restore)
         return restore
 
     def start(self, step: Step, number: int) -> None:
-        """Number a step that was popped, and mark it as being computed."""
+        """Give the first step its number, and mark it as being computed. The caller then pops it."""
         step.number = number
         self._by_number[number] = step
         self._arrived(number)
@@ -213,7 +214,7 @@ class Queue:
         self._parked.append(save)
 
     def unpark(self) -> None:
-        """Queue the next save that was set aside, at the front."""
+        """Queue the first save that `park` set aside, at the front."""
         if self._parked:
             save = self._parked.popleft()
             if save.arrived is not None:  # until now it waited for the other checkpoint, not for a read
@@ -223,18 +224,18 @@ class Queue:
     # Refusals.
 
     def refuse_step(self, step: Step, refusal: Refused) -> None:
-        """Refuse a step that was not trained."""
+        """Refuse a step that has not been trained, and remove it from the indexes."""
         self.settle(step)
         for waiter in step.waiters:
             refuse(waiter, refusal)
 
     def mark_refused(self, number: int) -> None:
-        """Mark step `number` as refused, and refuse later steps until another step takes its number."""
+        """Mark step `number` as refused, and refuse later steps until another step has this number."""
         self._refused.add(number)
         self.refuse_behind(number)
 
     def refuse_behind(self, number: int) -> None:
-        """Refuse queued and early steps that asked for a number above `number`, which no step has."""
+        """Refuse all waiting steps that asked for a number above `number`, because no step has `number`."""
         for entry in [entry for entry in self._entries if isinstance(entry, Step)]:
             if entry.request.step is not None and entry.request.step > number:
                 self._remove(entry)
@@ -246,13 +247,16 @@ class Queue:
             self.refuse_step(self._early.pop(number), gap(number, expected))
 
     def forget_abandoned_early(self) -> None:
-        """Drop early steps that no caller waits for: the client may send them again under another number."""
+        """Drop steps that wait for a predecessor if no caller waits for them any more.
+
+        The client may send them again under another number.
+        """
         for number, step in list(self._early.items()):
             if step.abandoned:
                 self.settle(self._early.pop(number))
 
     def forget_abandoned_reads(self) -> None:
-        """Drop evaluations and generations that no caller waits for."""
+        """Drop evaluations and generations if no caller waits for them any more."""
         self._entries = deque(
             entry
             for entry in self._entries
@@ -260,7 +264,7 @@ class Queue:
         )
 
     def withdraw(self, step: Step, next_number: int) -> bool:
-        """Remove an abandoned step and refuse those behind it; False if it is not in the queue."""
+        """Remove an abandoned step and refuse the steps after it. Return False if it is not in the queue."""
         steps = [entry for entry in self._entries if isinstance(entry, Step)]
         if step not in steps:
             return False
@@ -270,18 +274,18 @@ class Queue:
         return True
 
     def expire(self, next_number: int) -> None:
-        """Refuse early steps that waited `gap_seconds` for their predecessor, and the steps behind them."""
+        """Refuse steps that waited `gap_seconds` for their predecessor, and the steps after them."""
         limit = self._clock() - self._gap_seconds
         expired = [number for number, step in self._early.items() if step.arrived <= limit]
         if expired:
             self._refuse_early(min(expired), next_number)
 
     def expires_at(self) -> float | None:
-        """The time at which the next early step expires; None: there is none."""
+        """The time at which `expire` will next refuse a step that waits for its predecessor, or None."""
         return min((step.arrived + self._gap_seconds for step in self._early.values()), default=None)
 
     def refuse_steps(self, why: Callable[[Step], Refused]) -> None:
-        """Refuse every step that is not being computed."""
+        """Refuse every step that is not being computed, each with the refusal that `why` returns."""
         waiting = [entry for entry in self._entries if isinstance(entry, Step)]
         for step in waiting:
             self._remove(step)
@@ -291,7 +295,7 @@ class Queue:
         self._refused.clear()
 
     def refuse_saves(self, refusal: Refused) -> None:
-        """Refuse every save that has not begun: the state it would have saved is gone."""
+        """Refuse every save that has not begun, because the state that it would have saved is gone."""
         waiting = self.saves()
         self._entries = deque(entry for entry in self._entries if not isinstance(entry, Save))
         self._parked.clear()
@@ -300,7 +304,7 @@ class Queue:
                 refuse(waiter, refusal)
 
     def interrupt(self, refusal: Refused) -> None:
-        """End the running evaluation or generation; the client can safely repeat it."""
+        """End the running evaluation or generation with a refusal. The client can safely repeat it."""
         if self.reading is not None:
             refuse(self.reading.future, refusal)
         self.reading = None  # so that it is refused only once

@@ -1,4 +1,4 @@
-"""The commits of evaluations and generations: they answer and publish once the step they used is durable."""
+"""Commits that answer an evaluation or generation once the step whose weights it used is durable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskwire_server.results import EvalAnswer, EvalOptions, GenerationState
 
 @dataclass(eq=False)
 class EvaluationCommit(AnswerCommit[EvalAnswer]):
-    """An evaluation of the weights after the step `seen`."""
+    """Answers an evaluation of the weights after the step `seen`, once that step is durable."""
 
     publisher: Publisher
     options: EvalOptions
@@ -23,7 +23,7 @@ class EvaluationCommit(AnswerCommit[EvalAnswer]):
     seconds: float
 
     def committed(self) -> None:
-        """Answer, and publish the evaluation."""
+        """Answer the caller, and publish the event `Evaluated`."""
         super().committed()
         if not self.publisher.wanted(Evaluated):
             return
@@ -47,7 +47,10 @@ class EvaluationCommit(AnswerCommit[EvalAnswer]):
 
 @dataclass(eq=False)
 class GenerationCommit(AnswerCommit[None]):
-    """A generation from the weights after the step `seen`, and its last state."""
+    """Answers a generation from the weights after the step `seen`, once that step is durable.
+
+    `last` is the last state of the generation; None if it ended before its first state.
+    """
 
     publisher: Publisher
     request: GenerateRequest
@@ -56,7 +59,7 @@ class GenerationCommit(AnswerCommit[None]):
     seconds: float
 
     def committed(self) -> None:
-        """Answer, and publish the generation if it was finished."""
+        """Answer the caller, and publish the event `Generated` if the generation finished."""
         super().committed()
         last, seen, lengths = self.last, self.seen, self.request.prompts.lengths
         if last is None or not last.done or not self.publisher.wanted(Generated):

@@ -1,4 +1,4 @@
-"""Evaluations and generations, on the executor's thread."""
+"""Runs reads, which are evaluations and generations, on the executor's thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from maskwire_server.results import EvalAnswer, GenerationState
 
 
 def refuse_waiting_reads(run: Run, serve: ServeConfig, credential: str) -> None:
-    """Raise QUEUE_FULL if the queue is full, or too many reads of this credential wait. Under the mutex."""
+    """Raise Refused (QUEUE_FULL) if the queue is full, or has too many reads of the credential.
+
+    Called under the run's mutex. Without a credential (""), only the length of the queue is limited.
+    """
     run.queue.forget_abandoned_reads()
     try:
         admission_rules.refuse_full(len(run.queue), serve.queue_limit)
@@ -33,11 +36,12 @@ def refuse_waiting_reads(run: Run, serve: ServeConfig, credential: str) -> None:
 
 
 class Reads:
-    """Runs reads. Each uses the weights of one step: no step is trained until the read has ended.
+    """Runs reads: evaluations and generations. No step is trained while a read runs.
 
-    A read is computed in parts. It ends between two parts if its client has disconnected, or if it has kept
-    a training step or a save waiting for longer than `serve.max_read_seconds`. Sessions are opened between
-    two parts, so that a client can start while a read runs.
+    A read is computed in parts, with the weights of one step. It is stopped between two parts if its client
+    has disconnected, or if it has kept a training step or a save waiting for longer than
+    `serve.max_read_seconds`. Sessions are opened between two parts, so that a client can start while a read
+    runs.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Reads:
         self._serve = serve
 
     def run(self, entry: Evaluation | Generation) -> None:
-        """Run a read that was taken from the queue. Raises StateLost or DeviceLost."""
+        """Compute an evaluation or generation taken from the queue. Raises StateLost or DeviceLost."""
         self._run.share.begin_read()
         try:
             if isinstance(entry, Evaluation):
@@ -112,9 +116,9 @@ class Reads:
             )
 
     def _may_continue(self, entry: Evaluation | Generation) -> bool:
-        """Open the session that waits first, and return whether to compute the next part.
+        """Open the next waiting session, if any. Returns whether to compute the next part of the read.
 
-        Refuses the read if a step or save has waited for it for too long.
+        Refuses the read if a training step or a save has waited for it for too long.
         """
         run = self._run
         run.computing.beat()

@@ -1,4 +1,4 @@
-"""RestoreCheckpoint: the run returns to a checkpoint, on a new lineage."""
+"""The RestoreCheckpoint call: the run returns to a checkpoint, and continues on a new lineage."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WAIT_SECONDS = 0.1
 
 @dataclass
 class Restores:
-    """`begin` is for the threads of callers, `restore` for the executor's."""
+    """Restores checkpoints. Callers' threads call `begin`; the executor's thread calls `restore`."""
 
     run: Run
     committer: Committer
@@ -47,7 +47,7 @@ class Restores:
     def begin(self, request: RestoreRequest, future: Future[RestoreResult]) -> None:
         """Verify the checkpoint on another thread, then queue the restore. Raises Refused.
 
-        A repeated request id gets the earlier answer.
+        A request whose id has already restored this checkpoint gets the recorded answer.
         """
         with self.run.mutex:
             admission_rules.refuse_unavailable(self.run.conditions.state)
@@ -73,14 +73,18 @@ class Restores:
             self._give_up(restore, refusal)
 
     def _answer_again(self, request: RestoreRequest, future: Future[RestoreResult]) -> bool:
-        """Answer a request whose id has restored a checkpoint before. Under the mutex; raises Refused."""
+        """Answer a request whose id has restored a checkpoint before. Returns whether it was answered.
+
+        Called under the mutex. Raises Refused if the id restored another checkpoint.
+        """
         for lineage in self.run.lineages.values():
             if request.request_id is None or lineage.request_id != request.request_id:
                 continue
             if lineage.checkpoint != request.name:
                 raise Refused(
                     "PAYLOAD_MISMATCH",
-                    f"this request id restored {lineage.checkpoint!r}; use a new id for a new request",
+                    f"this request id has already restored checkpoint {lineage.checkpoint!r}; use a new "
+                    "request id to restore another checkpoint",
                     name=lineage.checkpoint,
                 )
             answer(future, RestoreResult(lineage.lineage, lineage.step, lineage.digest))
@@ -88,7 +92,7 @@ class Restores:
         return False
 
     def _examine(self, restore: Restore) -> None:
-        """Read and hash the files, and queue the restore unless they are damaged. On a separate thread."""
+        """Verify the checkpoint's files, then queue the restore or refuse it. Runs on its own thread."""
         name = restore.manifest.info.name
         try:
             self._require_intact(restore)
@@ -113,7 +117,7 @@ class Restores:
         if problem is not None:
             raise Refused(
                 "CHECKPOINT_DAMAGED",
-                f"checkpoint {name!r} cannot be restored: {problem}; restore another",
+                f"checkpoint {name!r} cannot be restored: {problem}; restore another checkpoint",
                 name=name,
                 problem=problem,
             )
@@ -125,13 +129,13 @@ class Restores:
         refuse(restore.future, refusal)
 
     def restore(self, restore: Restore) -> None:
-        """Record the new lineage once all that was computed is durable, then load the checkpoint."""
+        """Record the new lineage once all computed steps are durable, then load the checkpoint."""
         info, here = restore.manifest.info, self.run.head.computed
         try:
             admission_rules.refuse_unexpected(restore.request, here)
             if not self.committer.wait_durable() or self.run.conditions.holds(RunState.HELD):
                 admission_rules.refuse_unavailable(RunState.HELD)
-            self._require_intact(restore)  # again: it may have waited long for the running step
+            self._require_intact(restore)  # again: the restore may have waited for long
             number = here.lineage + 1
             lineage = Lineage(
                 number,
@@ -146,7 +150,7 @@ class Restores:
             self._give_up(restore, refusal)
             return
         failpoints.passing("restore.recorded")
-        # From here on memory must follow the journal: a failure ends the process, and a restart
+        # From here on, memory must match the journal: a failure ends the process, and a restart
         # recovers the new lineage.
         with self.run.mutex:
             self._move(restore.manifest, lineage, session)
@@ -157,8 +161,8 @@ class Restores:
         self.run.events.publish(LineageOpened(time.time(), here.run_id, number, info.step))
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         with self.run.mutex:
-            # The batches before it may have been dropped: save a second copy, in case one is damaged.
-            if not self.run.conditions.holds(RunState.DRAINING):  # the drain saves
+            # Earlier batches may have been dropped: save a second checkpoint, in case the first is damaged.
+            if not self.run.conditions.holds(RunState.DRAINING):  # a drain saves a checkpoint itself
                 self.run.queue.push_first(Save(SaveRequest(), automatic=True))
             self.run.conditions.set(RunState.RESTORING, False)
         if acknowledged:
@@ -167,10 +171,11 @@ class Restores:
             refuse(restore.future, admission_rules.shutting_down())
 
     def _record(self, lineage: Lineage) -> tuple[SessionRecord, bool]:
-        """Make the lineage durable. Raises Refused if the disk is full, and changes nothing.
+        """Make the lineage durable. If the disk is full, raises Refused and changes nothing.
 
-        The second value is whether to acknowledge the restore: False if the process shuts down before the
-        mirror, which the answer waits for, has the lineage.
+        Returns the record of the new epoch, and whether to acknowledge the restore. The restore is not
+        acknowledged if its answer waits for the mirror, and the process shuts down before the mirror has the
+        lineage.
         """
         # Advance the epoch, which fences the writer of the old lineage.
         session = SessionRecord(
@@ -202,8 +207,8 @@ class Restores:
         run.queue.refuse_saves(
             Refused(
                 "WRONG_RUN",
-                f"checkpoint {info.name!r} was restored before this one could be saved; save again to save "
-                "the current state",
+                f"this checkpoint was not saved, because checkpoint {info.name!r} was restored first; save "
+                "again to save the current state",
                 lineage=number,
             )
         )

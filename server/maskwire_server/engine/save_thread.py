@@ -1,4 +1,4 @@
-"""Saving while training continues: one checkpoint at a time, written on a thread of its own."""
+"""Saves checkpoints while training continues: one at a time, on a separate thread."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Saves:
-    """Decides when a checkpoint is due, and has the thread that writes, verifies and deletes checkpoints."""
+    """Decides when a checkpoint is due, and owns the thread that writes, verifies and deletes checkpoints."""
 
     def __init__(
         self,
@@ -70,13 +70,16 @@ class Saves:
 
     @property
     def newest(self) -> CheckpointInfo | None:
-        """The newest checkpoint of the run's own history."""
+        """The newest checkpoint of the run's own history; None if there is none."""
         return self._saver.newest
 
     # Under the mutex.
 
     def due(self, step: int) -> bool:
-        """Whether an automatic checkpoint is due after `step`; one that must wait stays due."""
+        """Whether to save an automatic checkpoint after `step`.
+
+        While another checkpoint is being saved, returns False; the automatic checkpoint stays due.
+        """
         every_steps, every_seconds = self._settings.every_steps, self._settings.every_seconds
         if every_steps is not None and step % every_steps == 0:
             self._overdue = True
@@ -85,7 +88,7 @@ class Saves:
         return self._overdue and not self.busy
 
     def begin(self, save: Save) -> None:
-        """Note that a snapshot is being made. If it fails, the next automatic save tries again."""
+        """Note that the snapshot of `save` is being made, and restart the interval of automatic saves."""
         self.current = save
         self._before = self._saved_at, self._overdue
         self._saved_at, self._overdue = self._clock(), False
@@ -93,9 +96,9 @@ class Saves:
     # Any thread.
 
     def join(self, request: SaveRequest, future: Future[CheckpointInfo]) -> bool:
-        """Answer a request that was carried out, or join the save that it repeats; False: it is new.
+        """Answer a repeated request, now or when its save is written. Returns False if the request is new.
 
-        Raises Refused if the save with this request id has other arguments.
+        Raises Refused if the earlier request with this id had other arguments.
         """
         saved = self._saver.find(request)
         if saved is not None:
@@ -112,15 +115,15 @@ class Saves:
         return False
 
     def start(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
-        """Write a snapshot whose step is durable, and whose save is recorded."""
+        """Queue a snapshot to be written. Its step must be durable, and its save recorded in the journal."""
         if self._closing:
             self.give_up(save, admission_rules.shutting_down())
         else:
             self._thread.submit(self._write, save, snapshot, position, save_id)
 
     def give_up(self, save: Save, refusal: Refused) -> None:
-        """End a save that failed, and refuse its callers; training continues."""
-        if not save.automatic:  # a save that was due before is still due
+        """End a failed save, and refuse the callers that wait for it. Training continues."""
+        if not save.automatic:  # an automatic save that was due before is still due
             saved_at, overdue = self._before
             self._saved_at, self._overdue = saved_at, overdue or self._overdue
         log.log(logging.INFO if refusal.reason == "WRONG_RUN" else logging.ERROR, "%s", refusal)
@@ -134,11 +137,11 @@ class Saves:
             self._written.wait_for(lambda: not self.busy)
 
     def delete(self, name: str, future: Future[None]) -> None:
-        """Delete a checkpoint, unless something needs it."""
+        """Queue the deletion of a checkpoint. `future` is refused if the checkpoint is still needed."""
         self._thread.submit(self._delete, name, future)
 
     def end(self) -> None:
-        """Drop snapshots whose writing has not started."""
+        """From now on, refuse saves instead of writing their snapshots."""
         self._closing = True
 
     def close(self) -> None:
@@ -160,7 +163,7 @@ class Saves:
             return
         try:
             self._collect()
-        except Exception as error:  # the checkpoint is saved; the next save collects
+        except Exception as error:  # the checkpoint is saved; the next save tries again
             with self._run.mutex:
                 self._run.conditions.failed("collecting checkpoints", error)
         self._run.events.publish(
@@ -178,7 +181,10 @@ class Saves:
         self.answer_saved(info, save.waiters)
 
     def answer_saved(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
-        """Answer the callers that saved a checkpoint, as soon as the mirror's settings allow. Any thread."""
+        """Answer the callers that wait for a saved checkpoint. Can be called from any thread.
+
+        If they also wait for the mirror, they are answered once the mirror has the checkpoint.
+        """
         if self._mirror is not None:
             self._mirror.answer_saved(info, waiters)
             self._mirror.saved()
@@ -187,7 +193,7 @@ class Saves:
             answer(waiter, info)
 
     def _collect(self) -> None:
-        """Delete what is not needed, after verifying on disk the checkpoints that a restart relies on."""
+        """Delete unneeded checkpoints and batches, after verifying the checkpoints that a restart needs."""
         with self._run.mutex:
             lineages, lineage = self._run.lineages, self._run.head.computed.lineage
         gone = self._saver.collect(lineages, lineage)
@@ -236,11 +242,14 @@ class SaveCommit:
     """Whether the journal must be flushed first: with `durability = "off"`, commits are not flushed."""
 
     def write(self, journal: Journal) -> None:
-        """Record the save."""
+        """Record the id of the save in the journal."""
         provenance.record_save(journal, self.position, self.save_id)
 
     def committed(self) -> None:
-        """Flush the journal if needed, then write the checkpoint: it must not be ahead after a power loss."""
+        """Flush the journal if needed, then write the checkpoint.
+
+        After a power loss, the checkpoint must not be ahead of the journal.
+        """
         if self.flush and not reserve.merge_log(self.journal):
             full = "the journal's disk is full; free some space, and save again"
             self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))

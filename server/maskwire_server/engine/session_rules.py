@@ -22,24 +22,24 @@ _LONGEST_SHOWN = 24  # characters; a longer part of a fingerprint is a hash, whi
 
 @dataclass(frozen=True)
 class SessionFacts:
-    """An OpenSession request, and what was looked up for it."""
+    """An OpenSession request, and the recorded facts on which the decision depends."""
 
     request: SessionRequest
     nonce_epoch: int | None
-    """The epoch given to this nonce, if any."""
+    """The epoch that was opened with the request's nonce, if any."""
     durable_step: int
     recorded_digest: bytes | None
     """The digest recorded at the client's newest step in this lineage; None if there is none."""
     tokenizer: str = ""
-    """The run's tokenizer; empty: not known."""
+    """The run's tokenizer; empty if it is not known."""
     pretrained: bool = False
     """Whether the model started from pretrained weights, which expect the ids of their own tokenizer."""
     data: Mapping[str, str] = field(default_factory=dict)
-    """The fingerprint of the run's data; empty: not known."""
+    """The fingerprint of the run's data; empty if it is not known."""
 
 
 def admit_session(facts: SessionFacts, at: Situation) -> bool:
-    """Whether to open a new epoch; False: the nonce has one already. Raises Refused."""
+    """Whether to open a new epoch for a request; False if its nonce already has one. Raises Refused."""
     refuse_unavailable(at.state)
     request = facts.request
     if request.history is not None:
@@ -48,7 +48,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
     if request.tokenizer == _BYTES and facts.pretrained:
         raise Refused(
             "TOKENIZER_MISMATCH",
-            "the run's model was pretrained with a tokenizer, but this client sends bytes, whose ids differ: "
+            "the run's model was pretrained with a tokenizer, but this client sends bytes as token ids: "
             "prepare the data with the model's tokenizer.json (maskwire data prepare --tokenizer)",
             client_tokenizer=request.tokenizer,
         )
@@ -68,7 +68,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
         if at.closed:
             raise Refused(
                 "UNKNOWN_EPOCH",
-                f"this session (epoch {facts.nonce_epoch}) was closed; open another with a new nonce",
+                f"this session (epoch {facts.nonce_epoch}) was closed; open another session with a new nonce",
                 epoch=at.epoch,
                 session_epoch=facts.nonce_epoch,
             )
@@ -77,7 +77,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
         raise fenced(request.held_epoch, at)
     may_supersede = at.writer == request.client_name or request.gone_epoch == at.epoch
     if at.writer and not may_supersede and not request.takeover:
-        raise writer_present(at, "wait until it is closed or idle, or take over")
+        raise writer_present(at, "wait until that session is closed or idle, or take over")
     return True
 
 
@@ -88,7 +88,7 @@ def _check_data(sent: Mapping[str, str], kept: Mapping[str, str]) -> None:
     words = [
         f"{part} differs"
         if max(len(kept.get(part, "")), len(sent.get(part, ""))) > _LONGEST_SHOWN
-        else f"{part} was {kept.get(part, 'not set')}, is {sent.get(part, 'not set')}"
+        else f"{part} was {kept.get(part, 'not set')} and is now {sent.get(part, 'not set')}"
         for part in changed
     ]
     raise Refused(
@@ -103,15 +103,15 @@ def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation)
     if history.run_id != at.run_id or history.lineage != at.lineage:
         raise Refused(
             "WRONG_RUN",
-            f"the client's history is of run {history.run_id!r}, lineage {history.lineage}; this is run "
-            f"{at.run_id!r}, lineage {at.lineage}: restart the client",
+            f"the client continues run {history.run_id!r}, lineage {history.lineage}, but the server has run "
+            f"{at.run_id!r}, lineage {at.lineage}; restart the client",
             run_id=at.run_id,
             lineage=at.lineage,
         )
     if history.step > facts.durable_step:
         raise Refused(
             "HISTORY_LOST",
-            f"the client has step {history.step}, but the server only has step {facts.durable_step}: "
+            f"the client has seen step {history.step}, but the server's newest step is {facts.durable_step}: "
             "acknowledged steps are missing; check the server's storage before you continue",
             client_step=history.step,
             durable_step=facts.durable_step,
@@ -119,7 +119,7 @@ def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation)
     if history.digest != facts.recorded_digest:
         raise Refused(
             "HISTORY_LOST",
-            f"the client and the server differ at step {history.step}: their histories are not the same; "
+            f"the histories of the client and the server are not the same up to step {history.step}; "
             "check the server's storage before you continue",
             client_step=history.step,
             durable_step=facts.durable_step,

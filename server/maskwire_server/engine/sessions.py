@@ -1,4 +1,4 @@
-"""OpenSession and CloseSession: one writer at a time, each with a durable epoch."""
+"""The calls OpenSession and CloseSession: one writer at a time, each with a durable epoch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DIGEST_VERSIONS = "digest_versions"
 
 @dataclass(eq=False)
 class SessionCommit:
-    """A new epoch, its client's process, and what changed with it."""
+    """Records a new epoch, the process of its client, and the facts that its request changed."""
 
     record: SessionRecord
     process: ClientProcess | None
@@ -42,7 +42,7 @@ class SessionCommit:
     sessions: Sessions
 
     def write(self, journal: Journal) -> None:
-        """Record the session and the events."""
+        """Record the session, the events and the client's process."""
         for kind, body in self.events:
             journal.add_event(kind, body)
         journal.add_session(self.record)
@@ -50,23 +50,29 @@ class SessionCommit:
             journal.add_event(CLIENT_PROCESS, {"epoch": self.record.epoch, **asdict(self.process)})
 
     def committed(self) -> None:
-        """Answer the callers."""
+        """Answer the callers that opened the session."""
         failpoints.passing("session.opened")
         self.sessions.opened(self.record)
 
 
 class Sessions:
-    """`open` and `close` run on gRPC workers, `record` on the executor, `opened` on the committer."""
+    """Opens and closes the sessions of writers.
+
+    `open` and `close` run on gRPC's threads, `record` on the executor's, and `opened` on the committer's.
+    """
 
     def __init__(self, run: Run, committer: Committer, *, pretrained: bool) -> None:
-        """`pretrained`: whether the model came with weights of its own."""
+        """`pretrained` says whether the model started from pretrained weights."""
         self._run = run
         self._committer = committer
         self._pretrained = pretrained
         self._opening: dict[str, list[Future[SessionAnswer]]] = {}  # by nonce, until durable
 
     def open(self, request: SessionRequest, future: Future[SessionAnswer]) -> None:
-        """Make the caller the writer: fence the previous one at once, answer once the epoch is durable."""
+        """Make the caller the writer. The previous writer is fenced at once.
+
+        `future` is answered once the new epoch is durable.
+        """
         run = self._run
         with run.mutex:
             if request.nonce in self._opening:  # a retry of the same call
@@ -84,9 +90,9 @@ class Sessions:
             self._refuse(request.nonce, refusal)
 
     def _admit(self, request: SessionRequest, nonce_epoch: int | None, digest: bytes | None) -> None:
-        """Advance the epoch and queue its record, or answer with the epoch that the nonce has already.
+        """Open a new epoch and queue its record, or answer with the epoch that the nonce already has.
 
-        Under the mutex; raises Refused.
+        Called under the mutex. Raises Refused.
         """
         run, at = self._run, self._run.situation()
         durable = run.head.durable.step
@@ -112,7 +118,7 @@ class Sessions:
             events = self._keep(request)
             futures = self._opening.pop(request.nonce, [])
             reply = self._answer(at.epoch)
-            for future in futures:  # none: refused by a drain
+            for future in futures:  # empty if a drain has refused them
                 self._committer.append(AnswerCommit(future, reply, events=events))
                 events = ()
             return
@@ -129,7 +135,7 @@ class Sessions:
         run.work.set()
 
     def record(self, takeover: SessionOpening) -> None:
-        """Hand an epoch to the committer, between two steps. On the executor's thread."""
+        """Hand the record of a new epoch to the committer, between two steps, on the executor's thread."""
         run, request, epoch = self._run, takeover.request, takeover.epoch
         failpoints.passing("session.opening")
         with run.mutex:
@@ -151,7 +157,7 @@ class Sessions:
         self._committer.append(SessionCommit(record, process, events, self))
 
     def _keep(self, request: SessionRequest) -> Events:
-        """Store the request's tokenizer, data and evaluated step; returns an event for each that changed."""
+        """Keep the request's tokenizer, data and evaluated step. Returns an event for each that changed."""
         head = self._run.head
         events: list[tuple[str, dict[str, Any]]] = []
         if request.tokenizer not in ("", head.tokenizer):
@@ -167,18 +173,25 @@ class Sessions:
         return tuple(events)
 
     def opened(self, record: SessionRecord) -> None:
-        """Answer the callers that opened an epoch: it is durable. On the committer's thread."""
+        """Answer the callers that opened an epoch, which is now durable. Runs on the committer's thread.
+
+        If the epoch was superseded meanwhile, they are refused.
+        """
         if record.closed:
             self._refuse(
                 record.nonce or "",
-                Refused("FENCED", f"epoch {record.epoch} was superseded while its session was being opened"),
+                Refused(
+                    "FENCED",
+                    f"epoch {record.epoch} was superseded while its session was being opened; stop this "
+                    "client",
+                ),
             )
             return
         with self._run.mutex:
             if record.epoch == self._run.lease.epoch:
                 self._run.lease.opened()
             reply = self._answer(record.epoch)
-            futures = self._opening.pop(record.nonce or "", [])  # none: refused by a drain
+            futures = self._opening.pop(record.nonce or "", [])  # empty if a drain refused them
         for future in futures:
             answer(future, reply)
 
@@ -189,23 +202,24 @@ class Sessions:
             refuse(future, refusal)
 
     def refuse_all(self, refusal: Refused) -> None:
-        """Refuse every session that is being opened: the process is shutting down."""
+        """Refuse every session that is being opened, because the process is shutting down."""
         for nonce in list(self._opening):
             self._refuse(nonce, refusal)
 
     def close(self, session: SessionRef, future: Future[None]) -> None:
-        """End the writer's session. Closing it again is no error."""
+        """End the writer's session. Closing it again is not an error."""
         with self._run.mutex:
             at = self._run.situation()
             if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
-                self._committer.append(AnswerCommit(future, None))  # the end itself may not be durable yet
+                # The record of the end may not be durable yet.
+                self._committer.append(AnswerCommit(future, None))
                 return
             admission_rules.check_session(session, at)
             self._run.lease.closed = True
             self._committer.append(SessionEnd(future, None, session.epoch))
 
     def _answer(self, epoch: int) -> SessionAnswer:
-        """Answer with the caller's epoch, even if a newer one has superseded it."""
+        """The answer to the caller that opened `epoch`, even if a newer epoch has superseded it."""
         head, lease = self._run.head, self._run.lease
         return SessionAnswer(
             head.computed.run_id,
@@ -225,7 +239,7 @@ class Sessions:
 
 
 def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientProcess | None:
-    """The process of a session's client; None: not recorded."""
+    """The process of a session's client; None if it is not recorded."""
     found = journal.last_event(CLIENT_PROCESS)
     if session is None or found is None or found[1]["epoch"] != session.epoch:
         return None
@@ -241,7 +255,7 @@ def recorded_digest_versions(journal: Journal, session: SessionRecord | None) ->
 
 
 def recorded_evaluation(journal: Journal) -> tuple[int, int]:
-    """Lineage and number of the newest step that a writer reported as evaluated; zeros: none."""
+    """Lineage and number of the newest step that a writer reported as evaluated; (0, 0) if none."""
     found = journal.last_event(EVALUATED)
     return (found[1]["lineage"], found[1]["step"]) if found else (0, 0)
 
@@ -249,5 +263,5 @@ def recorded_evaluation(journal: Journal) -> tuple[int, int]:
 def _superseded(step: Step, at: Situation) -> Refused:
     session = step.request.session
     if session is None:
-        return admission_rules.writer_present(at, "wait until it is closed or idle")
+        return admission_rules.writer_present(at, "wait until that session is closed or idle")
     return admission_rules.fenced(session.epoch, at)

@@ -27,7 +27,8 @@ REMEMBERED_IDS = 10_000
 class Run:
     """The run's conditions, the head of its history, its writer lease, and the executor's queue.
 
-    Admission, the executor and the committer change them under `mutex`. Status reports read without it.
+    Admission, the executor and the committer change them under `mutex`. Status reports read them without
+    locking it.
     """
 
     def __init__(self, serve: ServeConfig, clock: Callable[[], float]) -> None:
@@ -52,7 +53,7 @@ class Run:
         self.num_tokens = 0
         """The size of the vocabulary, which payload hashes depend on."""
         self.trained_ids: dict[str, int] = {}
-        """The last REMEMBERED_IDS steps of this process that had a request id: their numbers, by that id.
+        """Step numbers by request id, for the last REMEMBERED_IDS steps of this process that had such an id.
 
         A client may renumber a step and keep its id: a delayed request under the old number must not train
         the batch again.
@@ -60,7 +61,7 @@ class Run:
         self.uncommitted = 0
         """Computed steps that are not durable yet."""
         self.uncommitted_bytes = 0
-        """The encoded size of their batches."""
+        """The encoded size of the batches of those steps, in bytes."""
         self._window = serve.window
 
     def _publish_state(self, state: RunState) -> None:
@@ -68,7 +69,7 @@ class Run:
         self.events.publish(StateChanged(conditions.since, state, conditions.waiting_for))
 
     def remember(self, request_id: str | None, number: int) -> None:
-        """Note that a step with this request id was computed."""
+        """Note that step `number`, which has this request id, was computed."""
         if request_id is not None:
             self.trained_ids[request_id] = number
             if len(self.trained_ids) > REMEMBERED_IDS:
@@ -83,21 +84,21 @@ class Run:
     def digest_version(self) -> DigestVersion | None:
         """The version of the run's digest; None before the first step.
 
-        A first step that is being computed counts: its version is the run's unless it fails.
+        A first step that is being computed counts: its version becomes the run's unless the step fails.
         """
         computing = self.queue.computing
         return self.head.digest_version or (computing.digest_version if computing else None)
 
     def step_version(self, *, bare: bool) -> DigestVersion:
-        """The digest version for hashing a new step. `bare`: the call has no session.
+        """The digest version with which to hash a new step. `bare` says that the call has no session.
 
-        It is the run's version, or before the first step the newest that the caller supports.
+        This is the run's version. Before the first step, it is the newest version that the caller supports.
         """
         number = VERSIONS[-1] if bare else newest_common(self.lease.digest_versions)
         return self.digest_version or DigestVersion(number, self.num_tokens)
 
     def situation(self) -> Situation:
-        """The facts that admission decides on."""
+        """The facts by which admission decides on a request."""
         here, version = self.head.computed, self.digest_version
         return Situation(
             state=self.conditions.state,

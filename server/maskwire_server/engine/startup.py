@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ready:
-    """The parts that serve the recovered run."""
+    """The objects that startup created to serve the recovered run."""
 
     journal: Journal
     trainer: Trainer
@@ -80,18 +80,21 @@ class Startup:
         """The served model; None until the model is built."""
 
     def stop(self) -> None:
-        """Stop waiting for disk space and the mirror. Any thread."""
+        """Stop waiting for disk space and the mirror. Can be called from any thread."""
         self.stopping = True
         if self._mirror is not None:
             self._mirror.stop()
 
     def close(self) -> None:
-        """Release the run directory."""
+        """Close the journal, and release the run directory."""
         if self._journal is not None:
             self._journal.close()
 
     def recover(self) -> Ready:
-        """Bring the trainer to the last durable step. Raises RunDirectoryError."""
+        """Bring the trainer to the last durable step, and return what serves the run.
+
+        Raises RunDirectoryError if the run cannot be recovered.
+        """
         with explained(self._options.run_dir):
             return self._recover()
 
@@ -199,7 +202,7 @@ class Startup:
         self._run.conditions.set(RunState.RECOVERING, waiting_for=words)
 
     def _attach_mirror(self, journal: Journal) -> None:
-        """Become the writer of the run's mirror; without a mirror, stop recording changes for one."""
+        """Become the writer of the run's mirror. If no mirror is set, stop recording changes."""
         if self._mirror is not None:
             self._when_there_is_space(partial(self._mirror.attach, journal, self._wait_for))
         elif journal.outbox.active:
@@ -209,11 +212,11 @@ class Startup:
     def _save_where_needed(
         self, journal: Journal, trainer: Trainer, recovered: boot.Recovered, numerics: dict[str, Any]
     ) -> None:
-        """Save the state that must be saved before any step is trained or answer sent.
+        """Save a checkpoint if one is needed before any step is trained or any answer is sent.
 
-        A run needs a checkpoint before its first step. A state that an inexact replay led to is saved because
-        another replay would lead to another state. A state that this server could not replay gets a second
-        checkpoint if possible, in case one is damaged.
+        A run needs a checkpoint before its first step. The state after an inexact replay is saved because
+        another replay would give another state. A state that this server could not replay is saved a second
+        time if possible, in case one checkpoint is damaged.
         """
         if self._saver.newest is None or recovered.replayed_inexactly:
             word = "accepted" if recovered.accepted else "replayed"
@@ -224,11 +227,11 @@ class Startup:
             except Refused as refused:
                 raise RunDirectoryError(f"{self._options.run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(journal, trainer, numerics):
-            with contextlib.suppress(Refused):  # best effort: without it the run still serves
+            with contextlib.suppress(Refused):  # best effort: the run can be served without it
                 self._save(journal, trainer, "changed")
 
     def _record(self, journal: Journal, numerics: dict[str, Any]) -> int:
-        """Record start and catalogue in one transaction. Return the id of the recorded configuration."""
+        """Record this start and the checkpoint catalogue. Returns the id of the recorded configuration."""
         configuration_id, changes = 0, {}
 
         def write() -> None:
@@ -249,7 +252,9 @@ class Startup:
         return sum((info.lineage, info.step) == (here.lineage, here.step) for info in own) > 1
 
     def _save(self, journal: Journal, trainer: Trainer, word: str) -> None:
-        """Save before the first step is admitted, under a name with `word`. Raises Refused.
+        """Save a checkpoint before the first step is admitted. Raises Refused.
+
+        Its name begins with `word`; if `word` is empty, the saver chooses the name.
 
         Initial weights that do not come from the seed are saved like a checkpoint that a client named, so
         that retention keeps them.
@@ -271,7 +276,7 @@ class Startup:
             raise self._run.conditions.failed("the checkpoint", error) from error
 
     def _when_there_is_space(self, act: Callable[[], T]) -> T:
-        """Call `act`, which writes to disk. While the disk is full, wait and retry, as in state HELD."""
+        """Call `act`, which writes to disk, and return its result. While the disk is full, wait and retry."""
         waits = False
         while True:
             try:
@@ -280,7 +285,7 @@ class Startup:
                 if self.stopping or not (is_full(error) or is_full(error.__cause__)):
                     raise
                 if not waits:
-                    log.error("disk full: startup waits until space is freed: %s", error)
+                    log.error("the disk is full (%s): startup waits until space is freed", error)
                 waits = True
             self._wait_for("space on the disk")
             until = time.monotonic() + RETRY_SECONDS

@@ -27,15 +27,15 @@ class Conditions:
 
     @property
     def waiting_for(self) -> str:
-        """What the run is waiting for; empty: nothing."""
+        """What the run is waiting for; empty if it is not waiting."""
         return self._holding.get(self.state, "")
 
     def on_change(self, listener: Callable[[RunState], None]) -> None:
-        """Call `listener` with every new state. It must return quickly."""
+        """Call `listener` with every new state. The listener must return quickly."""
         self._listeners.append(listener)
 
     def set(self, condition: RunState, holds: bool = True, waiting_for: str = "") -> None:
-        """Set or clear a condition; the state is the most severe condition that holds."""
+        """Set or clear a condition. The state becomes the most severe condition that holds."""
         self._holding = {
             **{other: words for other, words in self._holding.items() if other is not condition},
             **({condition: waiting_for} if holds else {}),
@@ -50,14 +50,14 @@ class Conditions:
             listener(state)
 
     def holds(self, condition: RunState) -> bool:
-        """Whether a condition holds, even if a more severe one is the state."""
+        """Whether a condition holds, even if the state is a more severe one."""
         return condition in self._holding
 
     def failed(self, what: str, error: BaseException) -> Refused:
-        """Log an unexpected error and return the refusal to answer with; a Refused is returned as it is.
+        """Log an error, and return the refusal to send. A Refused is returned as it is, and not logged.
 
-        The answer to an unexpected error carries an error id and none of the error's text. A shortage of
-        memory or open files and diverged weights are the user's to fix, so those answers say how.
+        The refusal for an unexpected error contains an error id, and none of the error's text. Users can fix
+        a shortage of memory or open files, and diverged weights, so the refusals for these say how.
         """
         if isinstance(error, Refused):
             return error
@@ -80,7 +80,7 @@ class Conditions:
         log.error("%s", self.last_error, exc_info=error)
         return Refused(
             "INTERNAL",
-            f"{what} failed and nothing changed; the server's log explains error {error_id}",
+            f"{what} failed, and nothing changed; search the server's log for error {error_id}",
             error_id=error_id,
         )
 
@@ -108,14 +108,14 @@ class Head:
         self.non_finite = 0
         """Non-finite steps in a row, up to the newest computed step."""
         self.tokenizer = ""
-        """The tokenizer of the run's ids; empty: not known."""
+        """The tokenizer of the run's ids; empty if it is not known."""
         self.data: dict[str, str] = {}
-        """The fingerprint of the run's data, in named parts; empty: not known."""
+        """The fingerprint of the run's data, in named parts; empty if it is not known."""
         self.evaluated = (0, 0)
-        """Lineage and number of the newest step that a writer reported as evaluated; zeros: none."""
+        """Lineage and number of the newest step that a writer reported as evaluated; (0, 0) if none."""
         self.inexact_replays: tuple[InexactReplay, ...] = ()
 
     def move(self, position: HistoryPosition) -> None:
-        """Set the head to a durable position, after a start or a restore."""
+        """Set the head to a durable position, after startup or a restore."""
         self.computed = self.durable = position
         self.non_finite = 0

@@ -13,7 +13,7 @@ from maskwire_server.run_status import DeviceShare, RunStatus
 
 
 def limits(serve: ServeConfig, default_read_tokens: int | None) -> Limits:
-    """Bounds on one request."""
+    """The limits on one request; `default_read_tokens` applies if `serve.max_read_tokens` is not set."""
     configured = Limits(
         serve.max_batch_tokens,
         serve.max_message_bytes,
@@ -33,7 +33,7 @@ def report(
     versions: dict[str, str],
     mirror: Mirror | None,
 ) -> RunStatus:
-    """State, progress and what the run is waiting for. Works even if a thread of the run hangs."""
+    """Report the run's state, its progress and what it waits for, even if one of its threads hangs."""
     head, durable = run.head, run.head.durable
     figures = run.aggregates.figures(run.events.dropped)
     waiting_reads = run.queue.reads()

@@ -1,4 +1,4 @@
-"""The run's throughput."""
+"""Measures the run's throughput."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskwire_server.run_figures import Recent
 
 @dataclass(slots=True)
 class _Second:
-    """The steps of one second."""
+    """The sums over the steps that became durable within one second."""
 
     second: int
     steps: int = 0
@@ -22,9 +22,9 @@ class _Second:
 
 
 class Rate:
-    """Steps and tokens per second, and the mean times of a step, over the last `seconds`.
+    """Measures steps and tokens per second, and the mean times of a step, over the last `seconds`.
 
-    One record per second bounds its size.
+    It keeps one record per second, which bounds its memory.
     """
 
     def __init__(self, seconds: int, clock: Callable[[], float]) -> None:
@@ -34,7 +34,7 @@ class Rate:
         self._counts: deque[_Second] = deque(maxlen=seconds + 1)
 
     def add(self, tokens: int, queue: float = 0.0, compute: float = 0.0, commit: float = 0.0) -> None:
-        """Count a step that became durable, and its times in seconds."""
+        """Count a step that became durable, its tokens, and its times in seconds."""
         second = int(self._clock())
         if not self._counts or self._counts[-1].second != second:
             self._counts.append(_Second(second))
@@ -46,7 +46,7 @@ class Rate:
         last.commit += commit
 
     def recent(self) -> Recent:
-        """Speed and mean times; safe from any thread."""
+        """The speed and the mean times over the last `seconds`. Can be called from any thread."""
         now = self._clock()
         counts = [count for count in self._counts.copy() if count.second >= now - self._seconds]
         span = max(min(self._seconds, now - self._began), 1e-9)

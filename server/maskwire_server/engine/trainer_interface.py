@@ -19,21 +19,21 @@ log = logging.getLogger(__name__)
 
 
 class Trainer(ReplayTrainer, Protocol):
-    """Built and used on the executor's thread."""
+    """The trainer that the engine needs. It is built and used on the executor's thread."""
 
     @property
     def info(self) -> ModelInfo:
-        """The model."""
+        """A description of the model."""
 
     @property
     def read_tokens(self) -> int:
-        """Default of `Limits.max_read_tokens` for this model and device."""
+        """The default of `Limits.max_read_tokens` for this model and device."""
 
     def usable_after(self, error: BaseException) -> bool:
         """Whether the device still works after an error that another method raised."""
 
     def warm_up(self) -> None:
-        """Compute a step and discard it."""
+        """Compute a training step, and discard its result."""
 
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
         """Evaluate one batch. Raises Unwanted soon after `wanted` returns False."""
@@ -41,15 +41,19 @@ class Trainer(ReplayTrainer, Protocol):
     def generate(
         self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool]
     ) -> Iterator[GenerationState]:
-        """Sample unknown positions of prompts. Yields a state after each pass; the caller may then stop.
+        """Sample the unknown positions of prompts. Yields a state after each pass.
 
-        Raises Unwanted soon after `wanted` returns False, also within a pass.
+        The caller may stop after any state. Raises Unwanted soon after `wanted` returns False, even within a
+        pass.
         """
 
 
 @contextlib.contextmanager
 def guarded(trainer: Trainer) -> Iterator[None]:
-    """Raise DeviceLost if an error has made the device unusable. Every use of the device is guarded."""
+    """Raise DeviceLost in place of an error after which the device is unusable.
+
+    Every use of the device runs in this context.
+    """
     try:
         yield
     except MaskwireError:
@@ -61,11 +65,11 @@ def guarded(trainer: Trainer) -> Iterator[None]:
             "the device has failed (%s): the server exits; restart it to recover the run",
             str(error).partition("\n")[0] or type(error).__name__,
         )
-        raise DeviceLost("the device has failed") from error
+        raise DeviceLost("the device has failed; restart the server to recover the run") from error
 
 
 def snapshot(trainer: Trainer) -> Snapshot:
-    """Copy the trainer's state to host memory."""
+    """Copy the trainer's state to host memory, and return the copy."""
     failpoints.passing("checkpoint.copying")
     with guarded(trainer):
         copy = trainer.snapshot()

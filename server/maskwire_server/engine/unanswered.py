@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Unanswered:
-    """Futures that are not answered yet. Any thread."""
+    """The futures that are not answered yet. All methods can be called from any thread."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -29,21 +29,21 @@ class Unanswered:
         return self._serving and not self._stopped
 
     def begin(self) -> None:
-        """The run has recovered: take requests from now on."""
+        """Accept requests from now on, because the run has recovered."""
         self._serving = True
 
     def end(self) -> None:
-        """The process is shutting down: take no more requests."""
+        """Accept no more requests, because the process is shutting down."""
         self._stopped = True
 
     def require_serving(self) -> None:
-        """Raise Refused unless requests are taken."""
+        """Raise Refused unless requests are accepted."""
         if not self.serving:
             admission_rules.refuse_unavailable(self._run.conditions.state)
             raise admission_rules.shutting_down()
 
     def add(self, future: Future[T]) -> Future[T]:
-        """Register `future`: it is refused if the process shuts down before it is answered."""
+        """Register and return `future`, which is refused if the process shuts down before it is answered."""
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
         if self._stopped:  # `refuse_all` may have run before `future` was added
@@ -52,7 +52,11 @@ class Unanswered:
 
     @contextlib.contextmanager
     def answering(self, future: Future[Any]) -> Iterator[None]:
-        """Register `future`. A Refused raised in the block becomes its result."""
+        """Register `future`, and refuse it if the `with` block raises Refused.
+
+        The future is also refused if the block runs out of memory or open files. Raises Refused unless
+        requests are accepted.
+        """
         self.require_serving()
         self.add(future)
         try:

@@ -1,4 +1,4 @@
-"""Recording in the journal that a segment is in the mirror."""
+"""Records in the journal that a segment is in the mirror."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from maskwire_server.journal.mirror_segment_writer import SegmentWriter
 
 @dataclass(eq=False)
 class UploadedCommit:
-    """Records the newest segment, and deletes its changes from the outbox."""
+    """Records the newest uploaded segment, and deletes its changes from the outbox."""
 
     writer: SegmentWriter
     last: int
@@ -20,11 +20,11 @@ class UploadedCommit:
         self._number, self._hash = self.writer.number, self.writer.hash
 
     def write(self, journal: Journal) -> None:
-        """Delete the changes, and record the segment."""
+        """Delete the segment's changes from the outbox, and record the segment."""
         state = journal.outbox.state()
         assert state is not None
         state = replace(state, number=self._number, hash=self._hash, instances=(self.writer.instance,))
         journal.outbox.uploaded(self.last, state)
 
     def committed(self) -> None:
-        """Do nothing: no caller waits for it."""
+        """Do nothing, because no caller waits for this commit."""

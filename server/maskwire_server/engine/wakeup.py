@@ -1,4 +1,4 @@
-"""Waking a thread that waits for work."""
+"""Wakes a thread that waits for work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import threading
 class Wakeup:
     """Wakes the one thread that waits. A wake-up that arrives before the wait is not lost.
 
-    With `Condition.notify`, the woken thread blocks again at once on the mutex, which the notifier still
-    holds. A separate lock saves these context switches.
+    With `Condition.notify`, the woken thread would block again at once on the mutex, which the notifier
+    still holds. A separate lock saves these context switches.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class Wakeup:
         self._lock.acquire()
 
     def set(self) -> None:
-        """Wake the thread. Best called without the mutex."""
+        """Wake the waiting thread. Preferably called without holding the mutex."""
         with contextlib.suppress(RuntimeError):  # it is set already
             self._lock.release()
 

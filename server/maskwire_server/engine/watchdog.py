@@ -1,6 +1,6 @@
-"""Ends the process when a thread of the engine hangs: on a device, in a collective, in the file system.
+"""Ends the process when a thread of the engine hangs, for example on a device or in the file system.
 
-A hung call cannot be interrupted from Python, so the only cure is a new process, which recovers the run.
+A hung call cannot be interrupted from Python, so the only remedy is a new process, which recovers the run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ends the process this long after the limit."""
 
 
 class Watchdog:
-    """Watches the progress of threads from a thread of its own, and calls `on_hang` once."""
+    """Watches the progress of threads from a thread of its own, and calls `on_hang` once if one hangs."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Watchdog:
         clock: Callable[[], float],
         on_hang: Callable[[str], None],
     ) -> None:
-        """`shortest`: the shortest limit, in seconds. `on_hang` is told what hangs, and ends the process."""
+        """`shortest` is the shortest limit in seconds. `on_hang` is called with a description of the hang."""
         self._watched = watched
         self._clock = clock
         self._on_hang = on_hang
@@ -41,7 +41,7 @@ class Watchdog:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Start watching, on a thread of its own."""
         threading.Thread(target=self._main, name="maskwire-watchdog", daemon=True).start()
 
     def stop(self) -> None:
@@ -49,10 +49,10 @@ class Watchdog:
         self._stopped.set()
 
     def look(self) -> str:
-        """Look once. Return what hangs, in words; empty: nothing.
+        """Check all threads once. Returns a text that says what hangs, or "" if nothing hangs.
 
-        A pause of more than two intervals between two looks counts as two intervals: the process or the
-        machine was suspended.
+        A pause of more than two intervals between two checks counts as two intervals, because the process or
+        the machine was suspended.
         """
         now = self._clock()
         passed = min(now - self._looked, 2 * self._interval)

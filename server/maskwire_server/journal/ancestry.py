@@ -14,7 +14,7 @@ class Segment:
 
     lineage: int
     through: int | None
-    """The last step of that part; None: all steps."""
+    """The last step of that part; None if it has all steps of the lineage."""
 
 
 def lineage_of(segments: list[Segment], step: int) -> int:
@@ -30,14 +30,14 @@ def includes(segments: list[Segment], lineage: int, step: int) -> bool:
 
 
 def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
-    """The segments from the first lineage to `lineage`, oldest first. Raises RunDirectoryError."""
+    """The ancestry of `lineage`: its segments, oldest first. Raises RunDirectoryError if it is damaged."""
     segments = [Segment(lineage, None)]
     current = lineages[lineage]
     while current.parent is not None:
         if current.parent >= current.lineage or current.parent not in lineages:
             raise RunDirectoryError(
-                f"journal: lineage {current.lineage} descends from lineage {current.parent}, which does not "
-                "precede it: the file was damaged; restore the run directory from a copy"
+                f"journal: lineage {current.lineage} must descend from an earlier lineage, got "
+                f"{current.parent}: the file was damaged; restore the run directory from a copy"
             )
         segments.append(Segment(current.parent, current.step))
         current = lineages[current.parent]

@@ -33,18 +33,21 @@ _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # SQLite's message may quote 
 
 
 class Database:
-    """One connection, used by one thread at a time. All writes happen within `transaction`."""
+    """One connection to the journal's file, used by one thread at a time.
+
+    All writes happen within `transaction`.
+    """
 
     def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
         self._path = run_dir / JOURNAL_FILE
         self._log = WriteAheadLog(run_dir / f"{JOURNAL_FILE}-wal")
         self._log_bytes = 0
-        self._batch_bytes = self._dropped = 0  # batches that the current transaction wrote, and deleted
+        self._batch_bytes = self._dropped = 0  # written and deleted by the current transaction
         kind = network_file_system(run_dir.resolve())
         if kind is not None:
             raise RunDirectoryError(
-                f"{run_dir}: is on a network file system ({kind}), whose locks and flushes cannot be relied "
-                "on; choose a disk of this machine with --run-dir"
+                f"{run_dir}: the run directory is on a network file system ({kind}), whose locks and flushes "
+                "are not reliable; choose a directory on a local disk with --run-dir"
             )
         try:
             make_folder(run_dir)
@@ -53,8 +56,8 @@ class Database:
             self._lock = lock(run_dir)
         except OSError as error:
             raise RunDirectoryError(
-                f"{run_dir}: cannot be used as a run directory ({error.strerror}); choose another with "
-                "--run-dir"
+                f"{run_dir}: cannot be used as a run directory ({error.strerror}); choose another "
+                "directory with --run-dir"
             ) from error
         try:
             # Absolute, because some builds would parse a relative path that starts with `file:` as a URI.
@@ -80,12 +83,12 @@ class Database:
             self.close()
             if is_full(error):
                 raise RunDirectoryError(
-                    f"{self._path}: no space left on its disk ({error}); free some space"
+                    f"{self._path}: no space is left on its disk ({error}); free some space"
                 ) from error
             if "locked" in str(error):
                 raise RunDirectoryError(f"{self._path}: another process uses it; stop that one") from error
             raise RunDirectoryError(
-                f"{self._path}: not a readable journal ({error}); restore the run directory from a copy"
+                f"{self._path}: the journal is not readable ({error}); restore the run directory from a copy"
             ) from error
         except RunDirectoryError:
             self.close()
@@ -98,28 +101,28 @@ class Database:
             self.transaction(partial(migrate, self._db))
         if self.fact("format") != FORMAT:
             raise RunDirectoryError(
-                f"{self._path}: its format is {self.fact('format')}, but this version reads formats up to "
-                f"{FORMAT}; use the version that wrote it"
+                f"{self._path}: the journal's format is {self.fact('format')}, but this version reads "
+                f"formats up to {FORMAT}; use the version of maskwire that wrote it"
             )
         if self.fact("hash") != facts_hash(self._db):
-            raise damaged("the run's identity")
+            raise damaged("the record of the run's identity")
 
     def fact(self, key: str) -> Any:
-        """A fact about the run, such as its id or seed; None when there is none of that name."""
+        """A fact about the run, such as its id or seed; None if no fact has that name."""
         row = self._row("SELECT value FROM run WHERE key = ?", key)
         return None if row is None else row[0]
 
     def _row(self, statement: str, *values: object) -> Row | None:
-        """The first row that a query finds."""
+        """The first row that a query finds; None if it finds none."""
         row: Row | None = self._db.execute(statement, values).fetchone()
         return row
 
     def _rows(self, statement: str, *values: object) -> list[Row]:
-        """All rows that a query finds: a statement left unfinished would keep the file locked."""
+        """All rows that a query finds. Reads them at once: an open statement keeps the file locked."""
         return self._db.execute(statement, values).fetchall()
 
     def transaction(self, write: Callable[[], object]) -> None:
-        """Run `write` in one durable transaction; it leaves no trace if it raises."""
+        """Run `write` in one durable transaction, which is rolled back if `write` raises an error."""
         failpoints.passing("journal.begin")
         self._batch_bytes = self._dropped = 0
         self._db.execute("BEGIN IMMEDIATE")
@@ -141,21 +144,21 @@ class Database:
             self.outbox.measure()
 
     def _raise_if_over_quota(self, error: BaseException, size: int) -> None:
-        """Raise an error that `is_full` recognises when a write of about `size` bytes exceeded a quota.
+        """Raise an error that `is_full` recognises if a write of about `size` bytes exceeded a quota.
 
-        SQLite tells a full disk from other errors, but reports an exceeded quota as an I/O error.
+        SQLite distinguishes a full disk from other errors, but reports an exceeded quota as an I/O error.
         """
         failed = getattr(error, "sqlite_errorcode", None) == _WRITE_FAILED
         if failed and not can_write(self._path.parent, size):
-            full = sqlite3.OperationalError("the disk, or the quota on it, has no space left")
+            full = sqlite3.OperationalError("no space is left on the disk or within its quota")
             full.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise full from error
 
     def merge_log(self, *, truncate: bool = False) -> None:
-        """Merge the write-ahead log into the database file; afterwards everything is flushed.
+        """Merge the write-ahead log into the database file, and flush everything.
 
-        The log's file is kept and overwritten from its start, which is faster than letting it grow;
-        `truncate` frees its space.
+        The log's file is kept and overwritten from its start, which is faster than letting it grow. With
+        `truncate`, its space is freed instead.
         """
         failpoints.passing("journal.tidying")
         growth = self.growth()
@@ -172,27 +175,27 @@ class Database:
         failpoints.passing("journal.tidied")
 
     def growth(self) -> int:
-        """The bytes that the database file grows by when the log is merged into it."""
+        """The number of bytes by which the database file grows when the log is merged into it."""
         pages = int(self._db.execute("PRAGMA page_count").fetchone()[0])
         size = int(self._db.execute("PRAGMA page_size").fetchone()[0])
         return max(0, pages * size - self._path.stat().st_size)
 
     def log_bytes(self) -> int:
-        """The bytes of the write-ahead log that are not merged yet, as of the last transaction or merge.
+        """The bytes of the write-ahead log that were not merged after the last transaction or merge.
 
         Can be called from any thread, and makes no system call.
         """
         return self._log_bytes
 
     def log_file_bytes(self) -> int:
-        """The size of the write-ahead log's file."""
+        """The size of the write-ahead log's file in bytes."""
         return self._log.size()
 
     def _measure_log(self) -> None:
         self._log_bytes = self._log.used_bytes()
 
     def close(self) -> None:
-        """Close the file and release the run directory."""
+        """Close the journal's file, and release the run directory."""
         if hasattr(self, "_db"):  # absent if the file could not be opened
             self._db.close()
         self._log.close()
@@ -202,21 +205,21 @@ class Database:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether a write failed for lack of space, so that the same bytes can be written again later."""
+    """Whether an error means that a write failed for lack of space, and can be retried later."""
     if isinstance(error, OSError):
         return error.errno in FULL
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 def is_damaged(error: BaseException) -> bool:
-    """Whether SQLite found a page that differs from what it wrote."""
+    """Whether an error means that SQLite found its file damaged."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 @contextlib.contextmanager
 def explained(run_dir: Path) -> Iterator[None]:
-    """Re-raise SQLite's errors as RunDirectoryError, with what to do about them."""
+    """Raise each SQLite error as a RunDirectoryError whose message says what to do."""
     try:
         yield
     except _UNREADABLE as error:

@@ -34,8 +34,8 @@ def of_volume(name: str) -> bool:
 def network_file_system(path: Path, mounts: str | None = None) -> str | None:
     """The type of the network file system that holds `path`; None on a local disk.
 
-    SQLite cannot rely on locks and flushes over a network. `mounts` is the text of /proc/self/mountinfo;
-    on a system without it the answer is None.
+    SQLite cannot rely on locks and flushes over a network. `mounts` is the text of /proc/self/mountinfo; on
+    a system without that file, the result is None.
     """
     if mounts is None:
         try:
@@ -58,9 +58,10 @@ def free_bytes(path: Path) -> int:
 
 
 def can_write(folder: Path, size: int) -> bool:
-    """Whether `size` bytes can be written to a folder now, found out by writing them to an unnamed file.
+    """Whether a folder has space for `size` bytes, which is tested by writing them to an unnamed file.
 
-    The statistics of the file system do not show a quota. False only if the write fails for lack of space.
+    The statistics of the file system do not show a quota. The result is False only if the write fails for
+    lack of space.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -1,4 +1,7 @@
-"""Replays that did not give the recorded bytes: recorded permanently, shown to clients and in manifests."""
+"""Inexact replays: steps whose recomputed results differ from the recorded bytes.
+
+They are recorded permanently, and shown to clients and in manifests.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ EVENT = "inexact_replay"
 
 
 def record(journal: Journal, replays: Iterable[InexactReplay], beyond: list[int]) -> None:
-    """Record the inexact ranges of one replay, and in `beyond` the steps accepted beyond the tolerance."""
+    """Record the inexact ranges of one replay. `beyond` lists the steps beyond the tolerance."""
     body = {"steps": beyond, "replays": [vars(replay) for replay in replays]}
     journal.transaction(lambda: journal.add_event(EVENT, body))
 
 
 def recorded(journal: Journal) -> tuple[InexactReplay, ...]:
-    """Every inexact replay of the run, sorted by lineage and step; overlapping ones are merged."""
+    """Every inexact replay of the run, sorted by lineage and step. Overlapping replays are merged."""
     found: list[InexactReplay] = []
     for at, body in journal.events(EVENT):
         if "replays" in body:
@@ -42,12 +45,12 @@ def recorded(journal: Journal) -> tuple[InexactReplay, ...]:
 
 
 def within(replays: Iterable[InexactReplay], segments: list[Segment]) -> tuple[InexactReplay, ...]:
-    """The inexact replays within an ancestry."""
+    """The inexact replays that are part of the ancestry `segments`."""
     return tuple(replay for replay in replays if includes(segments, replay.lineage, replay.first_step))
 
 
 def ahead(
     replays: Iterable[InexactReplay], segments: list[Segment], start: tuple[int, int]
 ) -> tuple[InexactReplay, ...]:
-    """The inexact replays of an ancestry that end after (lineage, step) `start`."""
+    """The inexact replays in the ancestry `segments` that end after `start`, a lineage and a step."""
     return tuple(replay for replay in within(replays, segments) if (replay.lineage, replay.last_step) > start)

@@ -1,8 +1,8 @@
 """The journal: what happened in a run, in order, in one SQLite file.
 
-A step exists if and only if its record is durable. Its batch is stored with it until checkpoints cover it, so
-that the step can be computed again; records are kept forever, so that a retry can get the recorded answer.
-Each row contains a hash of itself, because SQLite silently drops everything after a flipped bit in the middle
+A step exists if and only if its record is durable. Its batch is stored until checkpoints cover the step, so
+that the step can be computed again. Records are kept forever, so that a retry can get the recorded answer.
+Each record contains its own hash, because SQLite silently drops everything after a flipped bit in the middle
 of its write-ahead log.
 """
 
@@ -39,10 +39,13 @@ _PAGE = 64  # records read at once
 
 
 class Journal(Database):
-    """The journal's records. Methods that add or change something are called within a transaction."""
+    """Reads and writes the journal's records.
+
+    Methods that write, except `create` and `check_requests`, are called within a transaction.
+    """
 
     def create(self, facts: dict[str, Any], digest: bytes) -> None:
-        """Start a run: its facts, and lineage 1 at step 0 with `digest`."""
+        """Start a run: record its facts, and lineage 1, which begins at step 0 with `digest`."""
 
         def write() -> None:
             for statement in TABLES:
@@ -72,7 +75,7 @@ class Journal(Database):
     # Events.
 
     def add_event(self, kind: str, body: dict[str, Any]) -> int:
-        """Record something other than a step, and return the event's id."""
+        """Record an event, which is anything other than a step. Returns the event's id."""
         text = json.dumps(body, sort_keys=True)
         cursor = self._db.execute(
             "INSERT INTO events (at, kind, body) VALUES (?, ?, ?)", (time.time(), kind, sealed_text(text))
@@ -85,7 +88,7 @@ class Journal(Database):
         return _body(event_id, None if row is None else row[0])
 
     def last_event(self, kind: str) -> tuple[int, dict[str, Any]] | None:
-        """The newest event of a kind: its id and body."""
+        """The id and the body of the newest event of a kind; None if there is none."""
         row = self._row("SELECT id, body FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1", kind)
         return None if row is None else (row[0], _body(row[0], row[1]))
 
@@ -116,17 +119,17 @@ class Journal(Database):
         self._db.execute("INSERT INTO payloads VALUES (?, ?, ?)", (record.lineage, record.step, payload))
 
     def step(self, lineage: int, step: int) -> StepRecord | None:
-        """The record of a step."""
+        """The record of a step; None if the lineage has no such step."""
         row = self._row("SELECT * FROM steps WHERE lineage = ? AND step = ?", lineage, step)
         return None if row is None else StepRecord.read(row)
 
     def last_step(self, lineage: int) -> StepRecord | None:
-        """The newest record of a lineage."""
+        """The record of the newest step of a lineage; None if it has no step."""
         row = self._row("SELECT * FROM steps WHERE lineage = ? ORDER BY step DESC LIMIT 1", lineage)
         return None if row is None else StepRecord.read(row)
 
     def steps_between(self, lineage: int, first: int, last: int | None, count: int) -> list[StepRecord]:
-        """The records of a lineage from step `first` through `last`, in order, at most `count`."""
+        """The records of a lineage's steps from `first` through `last`, in order, at most `count` of them."""
         rows = self._rows(
             "SELECT * FROM steps WHERE lineage = ? AND step >= ? AND step <= ? ORDER BY step LIMIT ?",
             lineage,
@@ -137,14 +140,17 @@ class Journal(Database):
         return [StepRecord.read(row) for row in rows]
 
     def step_of_request(self, request_id: str) -> StepRecord | None:
-        """The newest record of a request id: a session that numbers its steps may reuse an id."""
+        """The record of the newest step with a request id; None if there is none.
+
+        A session that numbers its steps may reuse a request id.
+        """
         row = self._row(
             "SELECT * FROM steps WHERE request_id = ? ORDER BY lineage DESC, step DESC LIMIT 1", request_id
         )
         return None if row is None else StepRecord.read(row)
 
     def steps_after(self, lineage: int, step: int) -> Iterator[tuple[StepRecord, bytes | None]]:
-        """The records of a lineage after `step`, in order, each with its batch; None if that was dropped."""
+        """Yield the record and the batch of each step of a lineage after `step`. A dropped batch is None."""
         while True:
             # One page at a time: a statement left unfinished would keep the file locked after `close`.
             rows = self._rows(
@@ -161,10 +167,10 @@ class Journal(Database):
             step = rows[-1][1]
 
     def check_requests(self, lineage: int, count: int = 10_000) -> int:
-        """Look up the request ids of a lineage's newest records, and return how many the index missed.
+        """Look up the request ids of a lineage's newest records, and return how many the index lacks.
 
-        The index has no hash of its own; if it misses one it is rebuilt from the records. Raises
-        RunDirectoryError for a damaged record.
+        The index has no hash of its own. If it lacks an id, it is rebuilt from the records. Raises
+        RunDirectoryError if a record is damaged.
         """
         rows = self._rows(
             "SELECT n.*, i.step FROM (SELECT * FROM steps WHERE lineage = ? ORDER BY step DESC LIMIT ?) n "
@@ -183,7 +189,7 @@ class Journal(Database):
         return missed
 
     def drop_payloads(self, stretches: Sequence[Stretch], most: int) -> bool:
-        """Delete batches of these steps, at most `most` in one transaction, and keep the steps' records.
+        """Delete the batches of some steps, at most `most` in one transaction, and keep the steps' records.
 
         Returns whether there may be more to delete. Batches that the mirror still lacks are kept.
         """
@@ -211,7 +217,7 @@ class Journal(Database):
         self._db.execute("DELETE FROM checkpoints WHERE name = ?", (name,))
 
     def remove_checkpoints(self) -> None:
-        """Empty the catalogue."""
+        """Remove all checkpoints from the catalogue."""
         self._db.execute("DELETE FROM checkpoints")
 
     def checkpoints(self) -> dict[str, bytes]:
@@ -223,7 +229,7 @@ class Journal(Database):
     # Lineages.
 
     def add_lineage(self, lineage: Lineage) -> None:
-        """Add a lineage."""
+        """Record a lineage."""
         self._db.execute(
             "INSERT INTO lineages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -239,7 +245,7 @@ class Journal(Database):
         )
 
     def lineages(self) -> dict[int, Lineage]:
-        """Every lineage, by number."""
+        """Every recorded lineage, by number."""
         rows = self._rows(
             "SELECT lineage, parent, step, digest, request_id, checkpoint, row_hash FROM lineages "
             "ORDER BY lineage"
@@ -247,12 +253,12 @@ class Journal(Database):
         return {row[0]: Lineage.read(row) for row in rows}
 
     def lineage_at(self, at: float) -> int:
-        """The newest lineage that existed at a time."""
+        """The number of the newest lineage at the time `at`, in seconds since the Unix epoch."""
         row = self._row("SELECT max(lineage) FROM lineages WHERE at <= ?", at)
         return int((row and row[0]) or 1)
 
     def digest_at(self, lineage: int, step: int) -> bytes | None:
-        """The digest of a lineage after `step`; None when the lineage has no such step."""
+        """The digest of a lineage after `step`; None if the lineage has no such step."""
         start = self.lineages().get(lineage)
         if start is not None and step == start.step:
             return start.digest
@@ -262,7 +268,7 @@ class Journal(Database):
     # Sessions.
 
     def add_session(self, session: SessionRecord) -> None:
-        """Add the record of an epoch, or replace it."""
+        """Add the record of a session's epoch, or replace it."""
         self._db.execute(
             "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -285,15 +291,15 @@ class Journal(Database):
             self.add_session(replace(session, closed=True))
 
     def last_session(self) -> SessionRecord | None:
-        """The record of the newest epoch."""
+        """The record of the newest epoch; None if there is none."""
         return self._session("ORDER BY epoch DESC LIMIT 1")
 
     def last_takeover(self) -> SessionRecord | None:
-        """The record of the newest epoch that was opened with takeover."""
+        """The record of the newest epoch that was opened with takeover; None if there is none."""
         return self._session("WHERE takeover ORDER BY epoch DESC LIMIT 1")
 
     def session_of_nonce(self, nonce: str) -> SessionRecord | None:
-        """The record of the epoch that was opened with a nonce."""
+        """The record of the epoch that was opened with a nonce; None if there is none."""
         return self._session("WHERE nonce = ?", nonce)
 
     def _session(self, where: str, *values: object) -> SessionRecord | None:
@@ -301,7 +307,10 @@ class Journal(Database):
         return None if row is None else SessionRecord.read(row)
 
     def damage(self) -> list[str]:
-        """What SQLite finds wrong, damaged events and sessions, missing configurations. Reads everything."""
+        """Read everything, and return a description of each problem.
+
+        Problems are what SQLite finds, damaged events and sessions, and missing configurations.
+        """
         problems = [
             f"journal: {words}" for (words,) in self._rows("PRAGMA integrity_check(20)") if words != "ok"
         ]
@@ -326,5 +335,5 @@ class Journal(Database):
 def _body(event_id: int, stored: object) -> dict[str, Any]:
     text = text_of(stored)
     if text is None:
-        raise damaged(f"event {event_id}, which may be missing,")
+        raise damaged(f"event {event_id} (damaged or missing)")
     return dict(json.loads(text))

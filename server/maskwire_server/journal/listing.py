@@ -11,7 +11,7 @@ from maskwire_server.step_listing import RecordedStep, StepsPage, StepsRequest
 
 
 def page(journal: Journal, run_id: str, request: StepsRequest) -> StepsPage:
-    """The first steps of the requested range; raises Refused (WRONG_RUN)."""
+    """A page with the first steps of the requested range. Raises Refused for another run or lineage."""
     began = time.monotonic()
     lineages = journal.lineages()
     newest = max(lineages)
@@ -20,12 +20,12 @@ def page(journal: Journal, run_id: str, request: StepsRequest) -> StepsPage:
         asked = request.run_id or run_id, newest if request.lineage is None else request.lineage
         raise Refused(
             "WRONG_RUN",
-            f"run {asked[0]!r}, lineage {asked[1]}, is not here; this is run {run_id!r}, and its newest "
-            f"lineage is {newest}",
+            f"this server does not have run {asked[0]!r}, lineage {asked[1]}; it has run {run_id!r}, whose "
+            f"newest lineage is {newest}",
             run_id=run_id,
             lineage=newest,
         )
-    # One more than asked for tells whether another page follows.
+    # One step more than requested shows whether another page follows.
     found = journal.steps_between(lineage.lineage, request.first_step, request.last_step, request.size + 1)
     return StepsPage(
         run_id, lineage.lineage, lineage.parent, lineage.step, lineage.checkpoint,

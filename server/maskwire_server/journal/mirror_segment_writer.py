@@ -1,4 +1,4 @@
-"""The writer of a run's segments: it owns the run until another writer takes the next segment number."""
+"""The writer of a run's mirror segments. It owns the run until another writer writes the next segment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTHING = Page((), 0, 0, {}, more=False)
 
 
 class SegmentWriter:
-    """Writes segments one after another. Used by one thread at a time."""
+    """Writes the segments of a run's mirror, one after another. Used by one thread at a time."""
 
     def __init__(
         self,
@@ -46,15 +46,15 @@ class SegmentWriter:
         self.hash = previous
         """The SHA-256 of the newest segment; empty before the first."""
         self.lossless = lossless
-        """What the next segment says of itself: see `Segment.lossless`."""
+        """The value of `Segment.lossless` for the next segment."""
         self._lost = lost
         self.pending: Segment | None = None
-        """The segment that is composed and not uploaded yet. A retry must send the same bytes."""
+        """The segment that is composed but not uploaded yet. A retry must send the same bytes."""
         self._data = b""
         self._objects: list[tuple[str, bytes]] = []
 
     def compose(self, page: Page, deletes: Sequence[str] = ()) -> None:
-        """Compose the next segment from these changes and the names of objects to delete."""
+        """Compose the next segment from a page of changes and the names of objects to delete."""
         number = self.number + 1
         objects = [batch_object(number, lineage, batches) for lineage, batches in page.batches.items()]
         self.pending = Segment(
@@ -66,7 +66,10 @@ class SegmentWriter:
         self._data = self.pending.encode()
 
     def send(self) -> None:
-        """Upload the composed segment, batches first. Raises FencedError; StoreError if a retry can help."""
+        """Upload the composed segment, its batches first.
+
+        Raises FencedError if another writer's segment has its number, and StoreError if a retry can help.
+        """
         assert self.pending is not None
         number = self.pending.number
         found = self.try_send()
@@ -74,7 +77,10 @@ class SegmentWriter:
             raise fenced(self._store, found, number)
 
     def try_send(self) -> bytes | None:
-        """Like `send`, but return the bytes of another writer's segment of that number, if there is one."""
+        """Like `send`, but return another writer's segment with this number instead of raising FencedError.
+
+        Returns None if the segment was uploaded.
+        """
         assert self.pending is not None
         failpoints.passing("mirror.uploading")
         while self._objects:
@@ -87,8 +93,8 @@ class SegmentWriter:
         except FileExistsError:
             found = self._store.get(name)
             if found is None:
-                raise StoreError(f"{self._store.address}: {name} exists, and cannot be read") from None
-            if found != self._data:  # otherwise an earlier try succeeded, and its answer was lost
+                raise StoreError(f"{self._store.address}: {name} exists but cannot be read; retry") from None
+            if found != self._data:  # otherwise an earlier attempt succeeded, and its answer was lost
                 return found
         failpoints.passing("mirror.segment_uploaded")
         self.number, self.hash = self.pending.number, hash_of(self._data)
@@ -97,12 +103,12 @@ class SegmentWriter:
 
 
 def new_instance() -> str:
-    """A new name for a server process."""
+    """A new random name that identifies a server process."""
     return uuid.uuid4().hex
 
 
 def fenced(store: ObjectStore, found: bytes, number: int) -> FencedError:
-    """The error for a writer that finds another writer's segment, `found`, at its next number."""
+    """The error to raise if another writer's segment, `found`, already has the number `number`."""
     try:
         writer = Segment.decode(found).instance
     except ValueError:
@@ -115,9 +121,10 @@ def fenced(store: ObjectStore, found: bytes, number: int) -> FencedError:
 
 
 def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWriter:
-    """Make this process the writer of the run's segments, by writing an empty one. Raises FencedError.
+    """Make this process the writer of the run's segments, by writing an empty segment.
 
-    Raises RunDirectoryError when the address holds another run.
+    Raises FencedError if another server has taken the run over, and RunDirectoryError if the address holds
+    another run.
     """
     outbox = journal.outbox
     known = outbox.state()
@@ -133,18 +140,18 @@ def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWri
 
 
 def _claim(chain: _Chain, journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWriter:
-    """Write the next segment, an empty one, and record it. Raises FencedError."""
+    """Write an empty segment as the next one, and record it. Raises FencedError if the run was taken over."""
     outbox, instance = journal.outbox, new_instance()
     while True:
         chain.read()
-        # Without an outbox the run was served without a mirror. This is recorded before there is one.
+        # Without an outbox, the run was served without a mirror. Record this before creating the outbox.
         unmirrored = chain.state.unmirrored or not outbox.active
         # The instance is recorded first: if this start is killed after the upload, the next one recognises
         # the segment.
         instances = tuple(dict.fromkeys((*chain.state.instances, instance)))
         chain.state = state = replace(chain.state, unmirrored=unmirrored, instances=instances)
         journal.transaction(partial(outbox.keep, state))
-        # This segment confirms nothing: at most, what the one before it said still holds.
+        # This segment has no changes, so it can be lossless only if the previous segment was.
         lossless = acknowledge == "mirrored" and chain.lossless and not unmirrored
         writer = SegmentWriter(
             store, journal.fact("run_id"), acknowledge, instance, state.number, state.hash,
@@ -154,7 +161,7 @@ def _claim(chain: _Chain, journal: Journal, store: ObjectStore, acknowledge: str
         failpoints.passing("mirror.claiming")
         if writer.try_send() is None:
             break
-        # Another server's segment, or one whose upload this directory's former process had begun: read it.
+        # Another server, or an earlier process of this directory, wrote a segment meanwhile: read it.
     failpoints.passing("mirror.claimed")
     chain.state = replace(
         state, number=writer.number, hash=writer.hash, instances=(instance,), unmirrored=False
@@ -164,17 +171,17 @@ def _claim(chain: _Chain, journal: Journal, store: ObjectStore, acknowledge: str
 
 
 class _Chain:
-    """The segments after the last one that the journal knows of."""
+    """The segments in the mirror after the last one that the journal has recorded."""
 
     def __init__(self, journal: Journal, store: ObjectStore, state: MirrorState) -> None:
         self._journal = journal
         self._store = store
         self.state = state
         self.lossless = False
-        """What the last segment says of itself."""
+        """The value of `lossless` in the last segment."""
 
     def read(self) -> None:
-        """Record segments that an earlier process of this directory uploaded, but did not record."""
+        """Record the segments that an earlier process of this run directory uploaded but did not record."""
         while True:
             number = self.state.number + 1
             data = self._store.get(segment_name(number))
@@ -195,21 +202,21 @@ class _Chain:
             log.info("segment %d was uploaded before the server ended", number)
 
     def _holds(self, segment: Segment) -> bool:
-        """Whether the segment's changes are in the outbox, so that this directory made them."""
+        """Whether the segment's changes are in the outbox, so that they come from this run directory."""
         if not segment.changes:
             return True
         outbox = self._journal.outbox
         return outbox.active and outbox.holds(segment.first, segment.last, segment.changes)
 
     def _require_last(self) -> None:
-        """Read the last segment that the journal knows. Raises RunDirectoryError if it is not there."""
+        """Raise RunDirectoryError unless the last recorded segment is in the mirror, unchanged."""
         if self.state.number:
             data = self._store.get(segment_name(self.state.number))
             if data is None or hash_of(data) != self.state.hash:
                 raise RunDirectoryError(
                     f"{self._store.address}: segment {self.state.number}, which this run wrote, is missing "
-                    "or was changed: bring it back, or set storage.mirror to another address, where the run "
-                    "will be uploaded again"
+                    "or was changed: restore this object, or set storage.mirror to another address, to which "
+                    "the run will be uploaded again"
                 )
             self.lossless = bool(self._decoded(self.state.number, data).lossless)
 

@@ -3,10 +3,10 @@
     segments/000000000042                          changes of the journal's rows, in order
     batches/000000000042-LINEAGE-FIRST-LAST-HASH   the batches of the steps in that segment
 
-A segment is a line with the SHA-256 of what follows, a line of JSON, and one line of JSON for each change.
-It contains the SHA-256 of the previous segment, which makes the segments a hash chain, and the instance of
-the server that wrote it. It contains no code and no column names: values are in the order of the journal's
-schema.
+A segment consists of a line with the SHA-256 of the rest, a header as a line of JSON, and one line of JSON
+for each change. It contains the SHA-256 of the previous segment, which makes the segments a hash chain, and
+the name of the server process that wrote it. It contains no code and no column names: values are in the order
+of the columns in the journal's schema.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Value = int | float | str | bytes | None
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one row."""
+    """A change of one row of the journal."""
 
     table: str
     kind: str
@@ -44,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class BatchObject:
-    """The batches of consecutive steps of one lineage, one after another in an object of their own."""
+    """An object of the mirror that holds the batches of consecutive steps of one lineage."""
 
     name: str
     sha256: str
@@ -55,47 +55,47 @@ class BatchObject:
 
 @dataclass(frozen=True)
 class Segment:
-    """The changes of consecutive transactions."""
+    """A segment of the mirror: the changes of consecutive journal transactions."""
 
     run_id: str
     number: int
-    """From 1."""
+    """Counted from 1."""
     previous: str
     """The SHA-256 of the previous segment; empty for the first."""
     instance: str
-    """The server process that wrote it."""
+    """The name of the server process that wrote the segment."""
     at: float
-    """When it was composed, in seconds since the Unix epoch."""
+    """When the segment was composed, in seconds since the Unix epoch."""
     acknowledge: str
     """The writer's `storage.acknowledge`; with "mirrored" it acknowledged only what was in the mirror."""
     journal_format: int
     first: int
-    """The id of the first change in the writer's outbox; 0: no changes."""
+    """The id of the first change in the writer's outbox; 0 if there are no changes."""
     last: int
-    """The id of the outbox mark after the last change; 0: no changes."""
+    """The id of the outbox mark after the last change; 0 if there are no changes."""
     changes: tuple[Change, ...] = ()
     batches: tuple[BatchObject, ...] = ()
     deletes: tuple[str, ...] = ()
-    """Objects that are no longer needed: they count as deleted from here on, and are deleted later."""
+    """Objects that are no longer needed. They count as deleted from here on, and are deleted later."""
     lossless: bool | None = None
     """Whether the segments up to this one have every step that was acknowledged before it was composed,
-    besides those that restores lost, and every later one is acknowledged only once a segment has it. None: a
-    version wrote it that did not record this."""
+    except those that restores lost, and each later step is acknowledged only once a segment has it. None if
+    the version that wrote the segment did not record this."""
     lost: tuple[int, ...] = ()
     """Restores of the run lost what was acknowledged after these steps, or may have; oldest first."""
 
     @property
     def begins_upload(self) -> bool:
-        """Whether it is the first of the segments with the complete journal."""
+        """Whether this segment is the first of those that contain the complete journal."""
         return bool(self.changes) and self.changes[0].kind == RESET
 
     @property
     def ends_upload(self) -> bool:
-        """Whether it is the last of them, if one of them began."""
+        """Whether this segment ends an upload of the complete journal, if an upload has begun."""
         return any(change.table == LAST_TABLE for change in self.changes)
 
     def encode(self) -> bytes:
-        """The bytes of the object."""
+        """The bytes of the segment's object, which `decode` parses."""
         head = {
             **{name: value for name, value in vars(self).items() if name not in ("changes", "batches")},
             "format": FORMAT,
@@ -110,14 +110,17 @@ class Segment:
 
     @staticmethod
     def decode(data: bytes) -> Segment:
-        """Parse what `encode` wrote. Raises ValueError if it was changed, or if a newer version wrote it."""
+        """Parse the bytes that `encode` returned.
+
+        Raises ValueError if the bytes were changed, or a newer version wrote them.
+        """
         stated, _, body = data.partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != stated:
-            raise ValueError("its content does not match its hash")
+            raise ValueError("the segment does not match its hash; restore it from a copy of the mirror")
         first, *rows = body.splitlines()
         head = json.loads(first)
         if head.pop("format") != FORMAT:
-            raise ValueError("a newer version wrote it; use that version")
+            raise ValueError("a newer version of maskwire wrote the segment; use that version")
         batches = [{**each, "steps": tuple(map(tuple, each["steps"]))} for each in head.pop("batches")]
         changes = tuple(
             Change(table, kind, tuple(map(_from_json, values)))
@@ -130,43 +133,43 @@ class Segment:
                 batches=tuple(BatchObject(**each) for each in batches),
             )
         except TypeError as error:
-            raise ValueError(f"a newer version wrote it ({error}); use that version") from error
+            raise ValueError(f"a newer version of maskwire wrote it ({error}); use that version") from error
 
 
 def segment_name(number: int) -> str:
-    """The name of a segment's object."""
+    """The name of the object that holds a segment."""
     return f"{FOLDER}/{number:012d}"
 
 
 def segment_number(name: str) -> int | None:
-    """The number of a segment's object; None for another object."""
+    """The segment number in an object's name; None if the object is not a segment."""
     found = re.fullmatch(rf"{FOLDER}/(\d{{12}})", name)
     return int(found[1]) if found else None
 
 
 def hash_of(data: bytes) -> str:
-    """The hash of a segment that the next segment contains."""
+    """The SHA-256 of a segment's bytes, which the next segment contains."""
     return hashlib.sha256(data).hexdigest()
 
 
 def batch_object(number: int, lineage: int, batches: list[tuple[int, bytes]]) -> tuple[BatchObject, bytes]:
-    """Describe the object that holds these batches, given as (step, batch), and return its content too."""
+    """Build the object of batches that are given as (step, batch). Returns its description and content."""
     content = b"".join(batch for _, batch in batches)
     digest = hashlib.sha256(content).hexdigest()
     steps = tuple((step, len(batch)) for step, batch in batches)
-    # With the hash two writers cannot overwrite each other's batches before one of them learns it is fenced.
+    # The hash keeps two writers from overwriting each other's batches before one learns that it is fenced.
     name = f"{BATCHES}/{number:012d}-{lineage}-{steps[0][0]}-{steps[-1][0]}-{digest[:16]}"
     return BatchObject(name, digest, lineage, steps), content
 
 
 def steps_of_batches(name: str) -> tuple[int, int, int] | None:
-    """Lineage, first step and last step, read from the name of a batch object; None for another object."""
+    """The lineage, first step and last step in a batch object's name; None for any other name."""
     found = _OF_BATCHES.fullmatch(name)
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
 def split(batches: BatchObject, content: bytes) -> list[tuple[int, bytes]] | None:
-    """The batches in an object, as (step, batch); None if the content was changed."""
+    """Split an object's content into batches, as (step, batch). Returns None if the content was changed."""
     if hashlib.sha256(content).hexdigest() != batches.sha256:
         return None
     found, at = [], 0
@@ -184,11 +187,11 @@ def _from_json(value: Any) -> Value:
     if isinstance(value, dict):
         return base64.b64decode(value["base64"])
     if isinstance(value, bool) or not isinstance(value, int | float | str | None):
-        raise ValueError(f"a column cannot hold {value!r}")
+        raise ValueError(f"a value in a segment must be null, a number, text or base64, got {value!r}")
     return value
 
 
 def restored_checkpoints(changes: Iterable[Change]) -> list[str]:
-    """The checkpoints from which the new lineages among the changes start."""
+    """The names of the checkpoints from which lineages start that are among the changes."""
     found = [Lineage.read(each.values[:6] + each.values[7:]) for each in changes if each.table == "lineages"]
     return [lineage.checkpoint for lineage in found if lineage.checkpoint]

@@ -1,7 +1,7 @@
-"""The object store of a mirror, through fsspec. No other module knows fsspec.
+"""The object store of a mirror, accessed through fsspec. No other module uses fsspec.
 
-Objects are written, read, listed and deleted as a unit. One operation decides who owns a run: `create` writes
-an object only if there is none of that name, so of two writers at most one succeeds.
+Each operation handles a complete object. One operation decides which server owns a run: `create` writes an
+object only if no object has its name, so at most one of two writers succeeds.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _AT_ONCE = 64
 
 
 class ObjectStore:
-    """The objects below one address. Raises StoreError if the store fails or refuses a call."""
+    """The objects below one address. Methods raise StoreError if the store fails or refuses a call."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         self._protocol, _, self._root = self.address.partition("://")
         if self._protocol not in CONDITIONAL:
             raise ConfigError(
-                f"storage.mirror: {self._protocol}:// has no conditional create, which fences a writer; "
-                f"use one of {', '.join(CONDITIONAL)}, got {address!r}"
+                f"storage.mirror: {self._protocol}:// has no conditional create, so two servers could write "
+                f"the same run; use one of {', '.join(CONDITIONAL)}, got {address!r}"
             )
         try:
             import fsspec
@@ -44,7 +44,7 @@ class ObjectStore:
             self._class = fsspec.get_filesystem_class(self._protocol)
         except ImportError as error:
             raise ConfigError(
-                f"storage.mirror: {address!r} needs a package that is missing ({error}); install with: pip "
+                f"storage.mirror: {address!r} needs a package that is missing ({error}); install it: pip "
                 'install "maskwire[storage]"'
             ) from error
         self._system: Any = None
@@ -52,9 +52,9 @@ class ObjectStore:
         """Called with the error of each call that failed; returns whether to retry the call."""
 
     def probe(self) -> None:
-        """Raise ConfigError unless a second `create` of the same name is refused. Raises StoreError."""
+        """Raise ConfigError unless the store refuses a second `create` of the same name."""
         name = f"probe-{uuid.uuid4().hex}"
-        with contextlib.suppress(FileExistsError):  # an earlier try created it, and its answer was lost
+        with contextlib.suppress(FileExistsError):  # an earlier attempt created it, and its answer was lost
             self.create(name, b"first")
         try:
             self.create(name, b"second")
@@ -63,14 +63,14 @@ class ObjectStore:
         else:
             raise ConfigError(
                 f"storage.mirror: the store at {self.address} ignores If-None-Match: it let an object be "
-                "created twice, so two servers could write the same run; use a store that supports it"
+                "created twice, so two servers could write the same run; use a store that respects it"
             )
         finally:
             with contextlib.suppress(StoreError):
                 self.delete(name)
 
     def create(self, name: str, data: bytes) -> None:
-        """Create an object atomically. Raises FileExistsError, and changes nothing, if it exists."""
+        """Create an object atomically. If the object exists, raises FileExistsError and changes nothing."""
         self._call(f"create {name}", self._create, name, data)
 
     def _create(self, name: str, data: bytes) -> None:
@@ -111,7 +111,7 @@ class ObjectStore:
         self._flush(target)
 
     def get(self, name: str) -> bytes | None:
-        """The content of an object; None if there is none of that name."""
+        """The content of an object; None if no object has that name."""
         return self._call(f"read {name}", self._get, name)
 
     def _get(self, name: str) -> bytes | None:
@@ -121,7 +121,7 @@ class ObjectStore:
             return None
 
     def get_all(self, names: list[str]) -> Iterator[bytes | None]:
-        """The contents of objects, in order, read in parallel; None for one that is missing."""
+        """Yield the contents of objects, in the order of `names`, or None for each missing object."""
         for start in range(0, len(names), _AT_ONCE):
             part = names[start : start + _AT_ONCE]
             found = self._call("read objects", self._get_part, part) if len(part) > 1 else {}
@@ -133,7 +133,7 @@ class ObjectStore:
         return dict(self._fs.cat([self._path(name) for name in names], on_error="return"))
 
     def get_file(self, name: str, path: Path) -> bool:
-        """Write an object's content to a local file; False if there is none of that name."""
+        """Write an object's content to a local file. Returns False if no object has that name."""
         return self._call(f"read {name}", self._get_file, name, path)
 
     def _get_file(self, name: str, path: Path) -> bool:
@@ -156,7 +156,7 @@ class ObjectStore:
         return sorted(path[start:] for path in found if not path.endswith(".part"))
 
     def delete(self, name: str) -> None:
-        """Delete an object. It is no error if there is none of that name."""
+        """Delete an object, if it exists."""
         self._call(f"delete {name}", self._delete, name)
 
     def _delete(self, name: str) -> None:
@@ -167,7 +167,7 @@ class ObjectStore:
         return f"{self._root}/{name}".rstrip("/")
 
     def _stripped(self, path: str) -> str:
-        """A path as fsspec returns it."""
+        """A path without its protocol, as fsspec returns paths."""
         return str(self._fs._strip_protocol(path))
 
     @property
@@ -181,7 +181,10 @@ class ObjectStore:
         return self._system
 
     def _link(self, name: str, data: bytes) -> None:
-        """Write a local file under a temporary name and hard-link it, which fails if the name exists."""
+        """Write a local file under a temporary name, then hard-link it to `name`.
+
+        Raises FileExistsError if `name` exists.
+        """
         path = Path(self._path(name))
         make_folder(path.parent)
         draft = path.with_name(f"{path.name}-{uuid.uuid4().hex}.part")
@@ -204,7 +207,10 @@ class ObjectStore:
             flush_folder(path.parent)
 
     def _call(self, what: str, act: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Call `act`, and retry while `patience` says so. Raises FileExistsError; StoreError for the rest."""
+        """Call `act`, and retry it as long as `patience` allows.
+
+        Raises FileExistsError if the object exists, and StoreError for every other error.
+        """
         while True:
             try:
                 return act(*arguments)
@@ -226,6 +232,9 @@ def _no_patience(_: StoreError) -> bool:
 
 
 def _precondition_failed(error: BaseException) -> bool:
-    """Whether an S3 store answered 412. Some stores do not name the failed condition, as fsspec expects."""
+    """Whether an S3 store answered 412 (Precondition Failed).
+
+    fsspec recognises this answer only if it names the failed condition, which some stores leave out.
+    """
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)

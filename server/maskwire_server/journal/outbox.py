@@ -1,10 +1,10 @@
-"""The outbox: which changes of the journal are not in the mirror yet.
+"""The outbox: the changes of the journal that are not in the mirror yet.
 
 Triggers on every table copy each changed row, with all its columns, into the table `outbox`, in the
-transaction that changes the row. They are generated from the tables in the file, so that no table or column
-is forgotten. Of a batch they copy only lineage and step: its bytes stay in their own table until they are
-uploaded. A row called a mark ends each transaction, and in `Outbox.fill` each batch. Changes are uploaded up
-to a mark, and then deleted here.
+transaction that changes the row. The triggers are generated from the tables in the file, so that no table or
+column is forgotten. Of a batch, they copy only lineage and step: its bytes stay in their own table until they
+are uploaded. Each transaction, and each batch that `Outbox.fill` copies, is followed by a row called a mark.
+Changes are uploaded up to a mark, and then deleted from the outbox.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from maskwire_server.journal.mirror_segments import DELETE, LAST_TABLE, PUT, RES
 from maskwire_server.journal.schema import FORMAT
 
 BATCHES = "payloads"
-"""The table of batches: the outbox has only their keys, and not their deletion, which the mirror decides."""
+"""The table of batches. The outbox has only their keys, without deletions, which the mirror decides."""
 _OWN = ("outbox", "mirror")
 _COLUMNS = 12
 _MARK = "mark"
@@ -41,15 +41,15 @@ UPLOADED = (
 
 @dataclass(frozen=True)
 class MirrorState:
-    """What the journal knows of its mirror."""
+    """What the journal has recorded about its mirror."""
 
     address: str
     number: int = 0
     """The newest segment whose changes were deleted from the outbox."""
     hash: str = ""
-    """The SHA-256 of that segment."""
+    """The SHA-256 of the segment `number`."""
     instances: tuple[str, ...] = ()
-    """The server processes of this run directory that may have written a segment after that one."""
+    """The server processes of this run directory that may have written a later segment."""
     complete: bool = False
     """Whether every row of the journal is in the outbox or the mirror, also those older than the outbox."""
     fetching: bool = False
@@ -57,11 +57,11 @@ class MirrorState:
     gone: tuple[str, ...] = ()
     """The checkpoints in the mirror that count as deleted, although their objects may still exist."""
     restored: str = ""
-    """The point to which the run was last restored, in words; empty: never."""
+    """A description of the point to which the run was last restored; empty if it never was."""
     lost: tuple[int, ...] = ()
-    """Restores lost what was acknowledged after these steps, or may have."""
+    """Restores lost the steps that were acknowledged after these steps, or may have lost them."""
     unmirrored: bool = False
-    """Whether the run was served without a mirror, and no segment says since that steps may be missing."""
+    """Whether the run was served without a mirror, and no later segment says that steps may be missing."""
     journal_format: int = 3
     """The format of the journal that was uploaded; versions that did not record it had 3."""
 
@@ -72,9 +72,9 @@ class Page:
 
     changes: tuple[Change, ...]
     first: int
-    """The id of the first change; 0: there are none."""
+    """The id of the first change; 0 if there are none."""
     last: int
-    """The id of the mark after the last change; 0: there are none."""
+    """The id of the mark after the last change; 0 if there are none."""
     batches: dict[int, list[tuple[int, bytes]]]
     """The batches among the changes, as (step, batch), by lineage."""
     more: bool
@@ -104,11 +104,11 @@ class Outbox:
 
     @property
     def is_current(self) -> bool:
-        """Whether the triggers match the tables."""
+        """Whether the triggers exist and match the tables."""
         return self.active and self._triggers() == _triggers(self._db)
 
     def state(self) -> MirrorState | None:
-        """What the journal knows of its mirror; None if the run never had one."""
+        """What the journal has recorded about its mirror; None if the run never had one."""
         if not self._is_there("mirror"):
             return None
         row = self._db.execute("SELECT value FROM mirror WHERE key = 'state'").fetchone()
@@ -119,12 +119,12 @@ class Outbox:
         return MirrorState(**{**found, **lists})
 
     def keep(self, state: MirrorState) -> None:
-        """Record what the journal knows of its mirror."""
+        """Record the state of the mirror."""
         self._db.execute(_STATE)
         self._db.execute("INSERT OR REPLACE INTO mirror VALUES ('state', ?)", (json.dumps(asdict(state)),))
 
     def create(self) -> None:
-        """Create the tables and triggers."""
+        """Create the outbox's tables and triggers."""
         for statement in _CREATE:
             self._db.execute(statement)
         self._remove_triggers()
@@ -133,13 +133,13 @@ class Outbox:
         self.active = True
 
     def remove(self) -> None:
-        """Drop the outbox, because the run is served without a mirror. `state` is kept."""
+        """Drop the outbox, because the run is served without a mirror. The recorded state is kept."""
         self._remove_triggers()
         self._db.execute("DROP TABLE outbox")
         self.active = False
 
     def _triggers(self) -> dict[str, str]:
-        """The statements of the existing triggers, by name."""
+        """The SQL statements of the existing triggers, by the trigger's name."""
         found = self._db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
         return {name: sql for name, sql in found.fetchall() if name.startswith("mirror_")}
 
@@ -150,8 +150,8 @@ class Outbox:
     def fill(self, state: MirrorState, transaction: Callable[[Callable[[], object]], None]) -> None:
         """Copy every row of the journal into the outbox, in several transactions.
 
-        After a crash in between it must be called again. The table `run` comes last, in one transaction: a
-        restore uses what follows a RESET only if that table is there (`Segment.ends_upload`).
+        After a crash in between, it must be called again. The table `run` is copied last, in one transaction:
+        a restore uses the changes after a RESET only if they include this table (`Segment.ends_upload`).
         """
         transaction(partial(self._begin, state))
         for table in sorted(_tables(self._db), key=lambda table: table == LAST_TABLE):
@@ -173,7 +173,7 @@ class Outbox:
         after: tuple[object, ...] | None,
         transaction: Callable[[Callable[[], object]], None],
     ) -> tuple[object, ...] | None:
-        """Copy some rows after a key into the outbox; return the last one's key, None at the end."""
+        """Copy rows after the key `after` into the outbox. Returns the last row's key; None at the end."""
         key = ", ".join(keys)
         where = "" if after is None else f"WHERE ({key}) > ({', '.join('?' * len(keys))})"
         most = -1 if table == LAST_TABLE else _PAGE
@@ -210,12 +210,12 @@ class Outbox:
         )
 
     def measure(self) -> None:
-        """Look up the newest mark. Called after each transaction."""
+        """Set `position` to the newest mark. Called after each transaction."""
         row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone()
         self.position = row[0] if row else 0
 
     def page(self, after: int, size: int) -> Page:
-        """The changes after a mark, up to the first mark where they and their batches reach `size` bytes."""
+        """Read changes after a mark, up to the first mark where they and their batches reach `size` bytes."""
         changes: list[Change] = []
         batches: dict[int, list[tuple[int, bytes]]] = {}
         first = last = written = at = 0
@@ -251,13 +251,13 @@ class Outbox:
         return len(row[0])
 
     def _width(self, source: str) -> int:
-        """How many columns of a table the outbox has."""
+        """The number of columns that the outbox copies from a table."""
         if source not in self._widths:
             self._widths[source] = len(_noted(self._db, source))
         return self._widths[source]
 
     def holds(self, first: int, last: int, changes: tuple[Change, ...]) -> bool:
-        """Whether exactly these changes have the ids from `first` to `last`, whatever was migrated since."""
+        """Whether the outbox has exactly these changes from id `first` to `last`, ignoring new columns."""
         rows = self._db.execute(
             "SELECT * FROM outbox WHERE id BETWEEN ? AND ? AND kind <> ? ORDER BY id", (first, last, _MARK)
         ).fetchall()
@@ -267,7 +267,7 @@ class Outbox:
         )
 
     def needs_checkpoint(self) -> bool:
-        """Whether it holds a complete journal whose steps cannot all be computed from the batches here."""
+        """Whether the outbox has a complete journal, in which some steps lack the batch to recompute them."""
         row = self._db.execute(
             f"SELECT EXISTS (SELECT 1 FROM outbox WHERE source = '{LAST_TABLE}') AND EXISTS ("
             f"SELECT 1 FROM steps LEFT JOIN {BATCHES} USING (lineage, step) WHERE payload IS NULL)"
@@ -275,7 +275,7 @@ class Outbox:
         return bool(row[0])
 
     def uploaded(self, last: int, state: MirrorState) -> None:
-        """Delete the changes up to a mark, which are in the mirror, and record the mirror's state."""
+        """Delete changes up to the mark `last`, which are in the mirror, and record the mirror's state."""
         self._db.execute("DELETE FROM outbox WHERE id <= ?", (last,))
         self.keep(state)
 
@@ -289,14 +289,14 @@ class Outbox:
 
 
 def apply(db: sqlite3.Connection, change: Change) -> None:
-    """Apply a change to another journal. Raises ValueError if no table of the journal fits it."""
+    """Apply a change to another journal. Raises ValueError if the change fits none of its tables."""
     columns = _columns(db, change.table) if change.table in _tables(db) else []
     if change.table == BATCHES:  # their bytes are in objects of their own
         return
     if change.kind not in (PUT, DELETE) or len(columns) != len(change.values):
         raise ValueError(
-            f"{change.kind} of {len(change.values)} columns in {change.table!r} fits no table of journal "
-            f"format {FORMAT}"
+            f"a {change.kind} of {len(change.values)} columns in table {change.table!r} does not fit journal "
+            f"format {FORMAT}; use the version that wrote it"
         )
     values = dict(zip(columns, change.values, strict=True))
     if change.kind == PUT:
@@ -309,7 +309,7 @@ def apply(db: sqlite3.Connection, change: Change) -> None:
 
 
 def _tables(db: sqlite3.Connection) -> list[str]:
-    """Every table of the journal except those of this module."""
+    """The names of the journal's tables, except those of the outbox."""
     rows = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
     return [name for (name,) in rows if name not in _OWN and not name.startswith("sqlite_")]
 
@@ -328,13 +328,13 @@ def _noted(db: sqlite3.Connection, table: str) -> list[str]:
 
 
 def _triggers(db: sqlite3.Connection) -> dict[str, str]:
-    """The statements that create the triggers, by name."""
+    """The SQL statements that create the triggers, by the trigger's name."""
     made = {}
     for table in _tables(db):
         columns = _noted(db, table)
         if len(columns) > _COLUMNS:
             raise ValueError(
-                f"{table} has {len(columns)} columns, but the outbox has {_COLUMNS}; raise _COLUMNS"
+                f"table {table} has {len(columns)} columns, but the outbox has {_COLUMNS}; increase _COLUMNS"
             )
         into = ", ".join(f"c{number}" for number in range(len(columns)))
         moments = [("insert", PUT, "NEW")]

@@ -1,4 +1,4 @@
-"""The journal's records: steps, lineages and sessions, and the hashes that guard them."""
+"""The journal's records: steps, lineages and sessions, with hashes that reveal damage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StepRecord:
     digest: bytes
 
     def numbers(self) -> bytes:
-        """Losses and gradient norm as raw bytes, which an exact replay reproduces."""
+        """The losses and the gradient norm as bytes, which an exact replay reproduces."""
         values = (self.losses.generator_loss, self.losses.critic_loss, self.gradient_norm)
         present = sum(1 << bit for bit, value in enumerate(values) if value is not None)
         return _NUMBERS.pack(
@@ -38,14 +38,14 @@ class StepRecord:
         )
 
     def row_hash(self) -> bytes:
-        """SHA-256 over every other column."""
+        """The SHA-256 of all other columns of the record's row."""
         name = b"" if self.request_id is None else b"\1" + self.request_id.encode()
         fixed = struct.pack("<qqqi", self.lineage, self.step, self.configuration, self.outcome)
         return hashlib.sha256(fixed + self.payload_hash + self.digest + self.numbers() + name).digest()
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> StepRecord:
-        """The record in a row of `steps`. Raises RunDirectoryError if the row does not match its hash."""
+        """Parse a row of `steps`. Raises RunDirectoryError if the row does not match its hash."""
         lineage, step, request_id, configuration, payload_hash, outcome, numbers, digest, row_hash = row
         try:
             present, loss, *values = _NUMBERS.unpack(numbers)
@@ -73,7 +73,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A branch of the run's history: the first one, or one that a restore started."""
+    """A branch of the run's history: the first, or one that a restore or an accepted loss started."""
 
     lineage: int
     parent: int | None
@@ -85,12 +85,12 @@ class Lineage:
     checkpoint: str | None
 
     def row_hash(self) -> bytes:
-        """SHA-256 over every other column."""
+        """The SHA-256 of all other columns of the record's row."""
         return seal(self.lineage, self.parent, self.step, self.digest.hex(), self.request_id, self.checkpoint)
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> Lineage:
-        """The lineage in a row. Raises RunDirectoryError if the row does not match its hash."""
+        """Parse a row of `lineages`. Raises RunDirectoryError if the row does not match its hash."""
         record = Lineage(*row[:-1])
         if not isinstance(record.digest, bytes) or record.row_hash() != row[-1]:
             raise damaged(f"the record of lineage {record.lineage}")
@@ -99,7 +99,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Stretch:
-    """The steps of one lineage after `after`, up to and including `through`."""
+    """A range of steps of one lineage: those after `after`, up to and including `through`."""
 
     lineage: int
     after: int
@@ -108,7 +108,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """A writer's session, one per epoch."""
+    """The record of a writer's session. Each epoch has one."""
 
     epoch: int
     client_name: str
@@ -120,14 +120,14 @@ class SessionRecord:
     closed: bool
 
     def row_hash(self) -> bytes:
-        """SHA-256 over every other column."""
+        """The SHA-256 of all other columns of the record's row."""
         return seal(
             self.epoch, self.client_name, self.nonce, self.takeover, self.lineage, self.step, self.closed
         )
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> SessionRecord:
-        """The session in a row. Raises RunDirectoryError if the row does not match its hash."""
+        """Parse a row of `sessions`. Raises RunDirectoryError if the row does not match its hash."""
         epoch, client_name, nonce, takeover, lineage, step, closed, row_hash = row
         record = SessionRecord(epoch, client_name, nonce, bool(takeover), lineage, step, bool(closed))
         if record.row_hash() != row_hash:
@@ -136,23 +136,23 @@ class SessionRecord:
 
 
 def seal(*values: object) -> bytes:
-    """SHA-256 over values, encoded so that different values give different bytes."""
+    """The SHA-256 of values, which are encoded so that different values give different bytes."""
     return hashlib.sha256(json.dumps(values, default=str).encode()).digest()
 
 
 def sealed_text(text: str) -> str:
-    """A text with its SHA-256 in front."""
+    """A text with its SHA-256, in hexadecimal, in front of it."""
     return hashlib.sha256(text.encode()).hexdigest() + text
 
 
 def text_of(sealed: object) -> str | None:
-    """The text that was passed to `sealed_text`; None if it was changed since."""
+    """The text that was passed to `sealed_text`; None if the result was changed since."""
     text = sealed if isinstance(sealed, str) else ""  # a changed byte can change a value's type
     return text[64:] if text and sealed_text(text[64:]) == text else None
 
 
 def damaged(what: str) -> RunDirectoryError:
-    """The error for something that does not match its hash."""
+    """The error for a part of the journal, `what`, that does not match its hash."""
     return RunDirectoryError(
         f"journal: {what} does not match its hash: the file was damaged; restore the run directory from a "
         "copy"

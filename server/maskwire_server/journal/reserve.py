@@ -18,18 +18,18 @@ WRITES_PER_BATCH = 2
 
 
 class Reserve:
-    """Space kept free on the journal's disk, so that a step that was computed can be committed."""
+    """Space that is kept free on the journal's disk, so that a computed step can be committed."""
 
     def __init__(self, run_dir: Path, reserve_bytes: int) -> None:
         self._run_dir = run_dir
         self._reserve_bytes = reserve_bytes
 
     def left(self, waiting: int) -> int:
-        """Free bytes beyond the reserve and `waiting` bytes; negative when those do not fit."""
+        """The free bytes beyond the reserve and `waiting` bytes; negative if there are too few."""
         return free_bytes(self._run_dir) - self._reserve_bytes - waiting
 
     def fits(self, size: int) -> bool:
-        """Whether `size` bytes fit if the reserve may be used."""
+        """Whether `size` bytes fit on the disk if the reserve may be used."""
         return size <= free_bytes(self._run_dir)
 
 
@@ -49,9 +49,9 @@ def merge_log(journal: Journal, *, truncate: bool = False) -> bool:
 
 
 def free_log_space(journal: Journal, reserve: Reserve) -> bool:
-    """Merge the write-ahead log into the database and free its space; False when that changed nothing.
+    """Merge the write-ahead log into the database, and free its space. Returns whether this succeeded.
 
-    The database file grows first, by less than the log's size, and may use the reserve meanwhile: no step is
+    The database file grows first, by less than the log's size. It may use the reserve, because no step is
     committed at the same time.
     """
     return (

@@ -33,17 +33,18 @@ log = logging.getLogger(__name__)
 
 _DRAFT = f"{JOURNAL_FILE}.restoring"
 _CATCH_UP = 8
-"""After this many attempts, each of which reads one segment, the newest one is looked up again."""
+"""After this many attempts, each of which reads one segment, the newest segment is looked up again."""
 
 
 def restore(
     run_dir: Path, store: ObjectStore, acknowledge: str, check: Callable[[int, bytes], object]
 ) -> bool:
-    """Restore the journal of a run directory that has none; False if the mirror holds no run.
+    """Restore a run directory's missing journal from the mirror. Returns False if the mirror has no run.
 
-    This process becomes the run's writer, after which the previous writer can add no segment that was not
-    read. Before that, `check` is called with the seed and the canonical configuration, and raises if this
-    server cannot serve such a run. Raises RunDirectoryError if the mirror is damaged; StoreError.
+    This process becomes the run's writer, so the previous writer cannot add a segment that this process has
+    not read. Before that, `check` is called with the seed and the canonical configuration, and raises an
+    error if this server cannot serve such a run. Raises RunDirectoryError if the mirror is damaged, and
+    StoreError if the store fails.
     """
     newest = _newest(store)
     if not newest:
@@ -52,7 +53,10 @@ def restore(
         make_folder(run_dir)
         held = lock(run_dir)
     except OSError as error:
-        raise RunDirectoryError(f"{run_dir}: cannot be used as a run directory ({error.strerror})") from error
+        raise RunDirectoryError(
+            f"{run_dir}: cannot be used as a run directory ({error.strerror}); choose another directory with "
+            "--run-dir"
+        ) from error
     try:
         _Restore(run_dir, store, acknowledge).run(newest, check)
     except sqlite3.Error as error:
@@ -66,19 +70,19 @@ def restore(
 
 
 def _newest(store: ObjectStore) -> int:
-    """The number of the newest segment; 0 if there is none."""
+    """The number of the newest segment in the store; 0 if there is none."""
     return max(filter(None, map(segment_number, store.names(FOLDER))), default=0)
 
 
 class _Copy:
-    """One upload of the complete journal, with the changes since: a draft of the restored journal."""
+    """A draft of the restored journal: one upload of the complete journal, and the changes after it."""
 
     def __init__(self, draft: Path, batches: dict[str, BatchObject]) -> None:
         self.draft = draft
         self.batches = batches
         self.written: Segment
         self.problem = ""
-        """Why it cannot be used; empty: it can."""
+        """Why the draft cannot be used; empty if it can."""
         self.db = sqlite3.connect(draft.absolute(), isolation_level=None)
         # The draft is not used before it is renamed, and it is flushed before that.
         self.db.execute("PRAGMA journal_mode=OFF")
@@ -88,21 +92,21 @@ class _Copy:
             self.db.execute(statement)
 
     def apply(self, segment: Segment) -> None:
-        """Apply a segment's changes. Raises ValueError and sqlite3.IntegrityError if they cannot be."""
+        """Apply a segment's changes. Raises ValueError or sqlite3.IntegrityError if they do not fit."""
         self.written = segment
         self.batches |= {batches.name: batches for batches in segment.batches}
         if self.problem:
             return
         if segment.journal_format != FORMAT:
             raise ValueError(
-                f"its journal format is {segment.journal_format}, but this version reads {FORMAT}; restore "
-                "with the version that wrote it"
+                f"the segment's journal format is {segment.journal_format}, but this version reads {FORMAT}; "
+                "restore with the version that wrote the segment"
             )
         for change in segment.changes[segment.begins_upload :]:
             apply(self.db, change)
 
     def step(self) -> tuple[int, int]:
-        """The current lineage and its last step."""
+        """The newest lineage in the draft, and its last step."""
         lineage = self.db.execute("SELECT max(lineage) FROM lineages").fetchone()[0]
         (step,) = self.db.execute(
             "SELECT coalesce((SELECT max(step) FROM steps WHERE lineage = ?1), "
@@ -118,10 +122,10 @@ class _Copy:
 
 
 class _Restore:
-    """One restore: segments are applied in order, to a draft for each upload of the complete journal.
+    """One restore. Segments are applied in order, to one draft per upload of the complete journal.
 
-    A later upload replaces an earlier one as soon as it is complete. Until then the mirror holds the run only
-    together with the earlier upload.
+    A later upload replaces an earlier one as soon as it is complete. Until then, the run can only be restored
+    from the earlier upload.
     """
 
     def __init__(self, run_dir: Path, store: ObjectStore, acknowledge: str) -> None:
@@ -131,12 +135,12 @@ class _Restore:
         self._last: Segment | None = None
         self._hash = ""
         self._copy: _Copy | None = None
-        self._unfinished: _Copy | None = None  # a later upload, which is not complete
-        self._lossless = False  # what the last segment says of itself
+        self._unfinished: _Copy | None = None  # a later upload that is not complete
+        self._lossless = False  # the value of `lossless` for the last segment
         self._gone: list[str] = []  # checkpoints that count as deleted
 
     def run(self, newest: int, check: Callable[[int, bytes], object]) -> None:
-        """Restore, under the lock of the run directory."""
+        """Restore the journal. The caller holds the lock of the run directory."""
         for left in self._run_dir.glob(f"{_DRAFT}*"):
             left.unlink()
         try:
@@ -163,7 +167,7 @@ class _Restore:
         """Make a finished draft the run directory's journal."""
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        for suffix in ("-wal", "-shm", "-journal"):  # left by a lost journal: SQLite would replay it
+        for suffix in ("-wal", "-shm", "-journal"):  # left by a lost journal; SQLite would replay them
             (self._run_dir / f"{JOURNAL_FILE}{suffix}").unlink(missing_ok=True)
         flush_folder(self._run_dir)
         failpoints.passing("mirror.restoring")
@@ -172,14 +176,17 @@ class _Restore:
         failpoints.passing("mirror.restored")
 
     def _claim(self, newest: int, check: Callable[[int, bytes], object]) -> tuple[_Copy, SegmentWriter]:
-        """Apply every segment and write the next. If another writer is faster, apply its segment first."""
+        """Apply every segment, and write the next. If another writer is faster, apply its segment first.
+
+        Returns the complete draft and the writer of further segments.
+        """
         self._apply_through(newest)
         for attempt in itertools.count(1):
             copy = self._copy
             if copy is None or self._last is None:
                 raise RunDirectoryError(
                     f"{self._store.address} holds no complete copy of a run: its server was lost during the "
-                    "first upload; to start a new run, set storage.mirror to an address that holds nothing"
+                    "first upload; to start a new run, set storage.mirror to an empty address"
                 )
             if copy.problem:
                 raise RunDirectoryError(copy.problem)
@@ -208,21 +215,21 @@ class _Restore:
             self._apply(data)
 
     def _apply(self, data: bytes | None) -> None:
-        """Check the next segment, and apply its changes to the upload that it belongs to."""
+        """Check the next segment, and apply its changes to the draft of its upload."""
         number = self._last.number + 1 if self._last else 1
         where = f"{self._store.address}/{segment_name(number)}"
         try:
             if data is None:
-                raise ValueError("it is missing")
+                raise ValueError("the segment is missing; restore it from a copy of the mirror")
             segment = Segment.decode(data)
             fits = (segment.number, segment.previous) == (number, self._hash)
             if not fits or (self._last and segment.run_id != self._last.run_id):
-                raise ValueError("it does not follow the previous segment")
+                raise ValueError("the segment does not continue the previous one; restore it from a copy")
             if segment.begins_upload:
                 self._begin_upload(number)
             copy = self._unfinished or self._copy
             if segment.changes and copy is None:
-                raise ValueError("it does not follow an upload of the complete journal")
+                raise ValueError("the segment must follow an upload of the complete journal, but none began")
         except ValueError as error:
             raise RunDirectoryError(f"{where}: {error}") from error
         if segment.changes and copy is not None:
@@ -243,7 +250,7 @@ class _Restore:
                 self._gone.append(gone)
 
     def _begin_upload(self, number: int) -> None:
-        """Begin a draft for the upload of the complete journal that a segment begins."""
+        """Create a draft for the upload of the complete journal that begins with segment `number`."""
         if self._unfinished is not None:
             self._unfinished.discard()
         # The upload may lack the oldest batches, which earlier segments name.
@@ -251,15 +258,15 @@ class _Restore:
         self._unfinished = _Copy(self._run_dir / f"{_DRAFT}-{number}", batches)
 
     def _is_lossless(self, segment: Segment) -> bool:
-        """What a segment says of itself, or what can be said of one that an older version wrote."""
+        """The segment's `lossless` flag, or an inferred value if an older version wrote the segment."""
         if segment.lossless is not None:
             return segment.lossless
         if segment.acknowledge != "mirrored" or self._unfinished is not None:
             return False
-        return self._lossless or bool(segment.changes)  # one without changes may be that of a start
+        return self._lossless or bool(segment.changes)  # a segment without changes may be from a start
 
     def _insert_batches(self, copy: _Copy) -> None:
-        """Insert the batches that the mirror has. Recovery raises if it needs a missing one."""
+        """Insert the batches that the mirror has into a draft. Recovery fails if it needs a missing batch."""
         there = set(self._store.names(BATCHES))
         for name, batches in copy.batches.items():
             content = self._store.get(name) if name in there else None
@@ -276,13 +283,13 @@ class _Restore:
             )
 
     def _lost(self, copy: _Copy) -> tuple[int, ...]:
-        """The steps after which this restore and earlier ones lost something, or may have."""
+        """The steps after which acknowledged steps were lost, or may have been, by any restore so far."""
         assert self._last is not None
         earlier, (_, step) = self._last.lost, copy.step()
         return earlier if self._lossless or earlier[-1:] == (step,) else (*earlier, step)
 
     def _words(self, copy: _Copy) -> str:
-        """Describe the point to which the run was restored, and what may be lost."""
+        """Describe the point to which the run was restored, and what may have been lost."""
         (lineage, step), written = copy.step(), copy.written
         at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written.at))
         words = f"step {step} (lineage {lineage}), segment {written.number} of {at}"

@@ -15,7 +15,7 @@ JOURNAL_FILE = "journal.sqlite"
 def lock(run_dir: Path) -> int:
     """Lock the run directory for this process and return the descriptor that holds the lock.
 
-    Raises RunDirectoryError when another process holds it.
+    Raises RunDirectoryError if another process holds the lock.
     """
     # A separate file: closing any descriptor of the database would drop SQLite's locks on it.
     descriptor = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -26,7 +26,7 @@ def lock(run_dir: Path) -> int:
         os.close(descriptor)
         raise RunDirectoryError(
             f"{run_dir}: another server (process {holder or 'unknown'}) uses this run directory; stop it, "
-            "or choose another with --run-dir"
+            "or choose another directory with --run-dir"
         ) from None
     try:  # so that the message above can name the process to stop
         os.ftruncate(descriptor, 0)
@@ -39,7 +39,7 @@ def lock(run_dir: Path) -> int:
 
 
 def refuse_leftovers(run_dir: Path) -> None:
-    """Raise RunDirectoryError when a directory without a journal holds unexpected files."""
+    """Raise RunDirectoryError if a directory without a journal holds unexpected files."""
     unexpected = sorted(
         path.name
         for path in run_dir.iterdir()
@@ -51,11 +51,11 @@ def refuse_leftovers(run_dir: Path) -> None:
     )
     if unexpected == ["checkpoints"]:
         raise RunDirectoryError(
-            f"{run_dir}: checkpoints without a journal: the journal was lost; restore {JOURNAL_FILE} from a "
-            "copy, or start a new run in an empty directory"
+            f"{run_dir}: has checkpoints but no journal, so the journal was lost; restore {JOURNAL_FILE} "
+            "from a copy, or start a new run in an empty directory"
         )
     if unexpected:
         raise RunDirectoryError(
-            f"{run_dir}: a new run needs an empty directory, found {', '.join(unexpected[:3])}; choose "
-            "another with --run-dir"
+            f"{run_dir}: must be empty for a new run, but contains {', '.join(unexpected[:3])}; choose "
+            "another directory with --run-dir"
         )

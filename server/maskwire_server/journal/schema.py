@@ -39,7 +39,7 @@ def facts_hash(database: sqlite3.Connection) -> bytes:
 
 
 def _add_row_hashes(database: sqlite3.Connection) -> None:
-    """migrate format 1 to 2: add a hash to every row"""
+    """Migrating the journal from format 1 to format 2: each record gets a hash."""
     for table in ("lineages", "sessions"):
         database.execute(f"ALTER TABLE {table} ADD COLUMN row_hash BLOB")
     columns = "lineage, parent, step, digest, request_id, checkpoint"
@@ -61,13 +61,13 @@ def _add_row_hashes(database: sqlite3.Connection) -> None:
 
 
 def _migrate_to_3(database: sqlite3.Connection) -> None:
-    """migrate format 2 to 3: repeated request ids, the catalogue, and the version of the digest"""
+    """Migrating the journal from format 2 to format 3: it gets the catalogue and the digest's version."""
     database.execute("DROP INDEX steps_by_request")
     database.execute("CREATE INDEX steps_by_request ON steps (request_id) WHERE request_id IS NOT NULL")
     database.execute(_CHECKPOINTS)
     sealed = database.execute("SELECT value FROM run WHERE key = 'hash'").fetchone()
     if sealed is None or sealed[0] != facts_hash(database):  # otherwise the new hash would hide the damage
-        raise damaged("the run's identity")
+        raise damaged("the record of the run's identity")
     if database.execute("SELECT EXISTS (SELECT 1 FROM steps)").fetchone()[0]:
         database.execute("INSERT INTO run VALUES ('digest_version', 1)")
         database.execute("UPDATE run SET value = ? WHERE key = 'hash'", (facts_hash(database),))

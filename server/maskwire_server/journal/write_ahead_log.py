@@ -1,10 +1,10 @@
-"""The file of SQLite's write-ahead log: how much of it is in use.
+"""Measures how much of the file of SQLite's write-ahead log is in use.
 
-After a merge the file is overwritten from its start, because a flush is faster if the file does not grow. Its
-size then does not show how much is in use, so the frames are counted. The format is documented in
-https://www.sqlite.org/fileformat2.html#walformat: the header has the page size at byte 8 and the salt at 16;
-each frame has the salt at its byte 8, and ends with a page. Frames from before the last merge have another
-salt.
+After a merge, the file is overwritten from its start, because a flush is faster if the file does not grow.
+Its size then does not show how much is in use, so the frames are counted. The format is documented in
+https://www.sqlite.org/fileformat2.html#walformat: the header has the page size at byte 8 and the salt at byte
+16; each frame has the salt at its byte 8, and ends with a page. Frames from before the last merge have
+another salt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STEP = 16  # frames: about as many as one batch of 64 KiB takes
 
 
 class WriteAheadLog:
-    """The log of one journal, used by one thread at a time."""
+    """The write-ahead log of one journal. Used by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,7 +36,7 @@ class WriteAheadLog:
             return 0
 
     def used_bytes(self) -> int:
-        """The bytes that are not merged into the database yet. Within a transaction it may be less."""
+        """The number of bytes not merged into the database yet; may be too low during a transaction."""
         if not self._salt and not self._read_header():
             return 0
         before = self._frames
@@ -54,7 +54,10 @@ class WriteAheadLog:
         self._salt = b""
 
     def _read_header(self) -> bool:
-        """Read the header; False if it is the old one: SQLite renews it at the first write after a merge."""
+        """Read the header. Returns False if SQLite has not renewed it since the last merge.
+
+        SQLite renews the header at the first write after a merge.
+        """
         header = self._read(_HEADER, 0)
         salt = header[_SALT_AT:_SALT_END]
         if len(header) < _HEADER or salt == self._merged:
@@ -80,7 +83,7 @@ class WriteAheadLog:
             self._file = -1
 
     def _in_use(self, count: int) -> bool:
-        """Whether the log has at least `count` frames."""
+        """Whether at least `count` frames of the log are in use."""
         at = _HEADER + (count - 1) * self._frame + _FRAME_SALT_AT
         return not count or self._read(_SALT, at) == self._salt
 

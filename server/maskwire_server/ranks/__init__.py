@@ -1,1 +1,1 @@
-"""Several processes (ranks) behind the trainer's interface: one leader, which serves, and its followers."""
+"""A trainer on several processes (ranks): one leader, which serves the run, and its followers."""

@@ -20,7 +20,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def is_here(host: str) -> bool:
-    """Whether a host name is an address of this host, to which a socket can be bound."""
+    """Whether a host name belongs to this host, so that a socket can be bound to it."""
     try:
         socket.create_server((host, 0)).close()
     except OSError:
@@ -29,9 +29,10 @@ def is_here(host: str) -> bool:
 
 
 def towards(host: str) -> str:
-    """The address from which this host reaches another one. Raises ConfigError.
+    """The address of this host from which it reaches `host`. Raises ConfigError if it cannot.
 
-    Retries while the name does not resolve: a pod may start before the name of the leader's pod exists.
+    Retries for a minute if the name does not resolve: a pod may start before the name of the leader's pod
+    exists.
     """
     until = time.monotonic() + _NAME_SECONDS
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
@@ -52,19 +53,20 @@ def towards(host: str) -> str:
 
 
 def check_name(host: str) -> None:
-    """Raise ConfigError if a name is a loopback address on this host, which other hosts cannot reach.
+    """Raise ConfigError if a name resolves to a loopback address, which other hosts cannot reach.
 
-    Debian's installer gives a host's own name such an address. An address that is given as such is accepted.
+    Debian's installer gives a host's own name such an address. A numeric loopback address is accepted.
     """
     found = socket.gethostbyname(host)
     if found != host and ipaddress.ip_address(found).is_loopback:
         raise ConfigError(
-            f"--rendezvous: {host} is {found} on this host; give its address in the hosts' network"
+            f"--rendezvous: {host} must not be a loopback address, got {found}; give its address in the "
+            "network of the hosts"
         )
 
 
 def wait_for(host: str, port: int) -> None:
-    """Wait until the leader's host listens: torch's launcher would give up after two minutes."""
+    """Wait until the leader's host listens on a port; torch's launcher would give up after two minutes."""
     said = False
     while True:
         try:
@@ -78,7 +80,7 @@ def wait_for(host: str, port: int) -> None:
 
 
 def interface(address: str) -> str | None:
-    """The network interface that has an address (Linux)."""
+    """The name of the network interface that has an address; None if there is none. Linux only."""
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):

@@ -29,10 +29,10 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 
 def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer], saver: ShardSaver) -> NoReturn:
-    """Build the trainer from the first order, the leader's configuration, and carry out the later orders.
+    """Build the trainer that the first order describes, then carry out all later orders.
 
-    Never returns: `Member.watch` exits the process when the leader ends. Raises StateLost if a call fails,
-    unless all ranks refuse to `configure` with the same ValueError.
+    Never returns: `liveness.watch_leader` ends the process when the leader ends. Raises StateLost if a call
+    fails, unless all ranks refuse to `configure` with the same ValueError.
     """
     trainer = build(member.next_order().arguments)
     while True:
@@ -42,7 +42,7 @@ def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer], save
 
 
 def call(member: Member, trainer: TorchTrainer, saver: ShardSaver, order: Order) -> Callable[[], Any]:
-    """The function that carries out an order on this rank."""
+    """Return the function that carries out an order on this rank."""
     given = order.arguments
     if order.name == "copy_shards":
         return lambda: saver.keep(given["save"], trainer.copy_shards)

@@ -1,10 +1,10 @@
-"""`maskwire-server serve --ranks N`: runs torch's elastic launcher as a child process.
+"""Implements `maskwire-server serve --ranks N`: runs torch's elastic launcher as a child process.
 
-The launcher restarts every rank when one ends with an error. A configuration error must not be retried, and
+The launcher restarts all ranks when one ends with an error. A configuration error must not be retried, and
 SIGTERM must reach only the leader, which drains and then ends its followers: the launcher would end all ranks
-at once. Therefore a rank that must not be restarted exits with 0, the leader writes the exit code of `serve`
-to a file, and this process forwards signals to the leader. On a host without the leader it waits for the
-leader's end. This process does not import torch.
+at once. Therefore, a rank that must not be restarted exits with 0, the leader writes the exit code of `serve`
+to a file, and this process forwards signals to the leader. On a host without the leader, it waits until
+the leader has ended. This process does not import torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "MASKWIRE_LAUNCH_DIR"
-"""Variable that names the folder for the leader's process id and, when it ends for good, its exit code."""
+"""Variable with the folder for the leader's process id and, when it ends for good, its exit code."""
 LEADER = "MASKWIRE_LEADER"
 """Variable that is 1 on the host that has the run directory, if there are several hosts."""
 _PREFIX = "maskwire-launch-"
@@ -60,7 +60,7 @@ class Launch:
     """How many ranks to start, and where."""
 
     ranks: int
-    """On this host."""
+    """The number of ranks on this host."""
     nodes: int = 1
     rendezvous: str | None = None
     """HOST:PORT of the host that has the run directory, if there are several hosts."""
@@ -73,7 +73,7 @@ class Launch:
 def launch(chosen: Launch, arguments: Sequence[str]) -> int:
     """Run `maskwire-server ARGUMENTS` on every rank until the leader ends for good. Returns its exit code.
 
-    Raises ConfigError.
+    Raises ConfigError if the rendezvous cannot be used.
     """
     with _folder() as folder:
         environment = {
@@ -115,7 +115,7 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
         with contextlib.suppress(OSError, ValueError):
             noted = int((Path(folder) / _EXIT_CODE).read_text())
         if code and not (Path(folder) / _STOPPING).exists():
-            log.error("the launcher ended with %d; start the server again to resume", code)
+            log.error("torch's launcher ended with exit code %d; start the server again to resume", code)
             return noted or _FAILURE  # the launcher may have stopped the leader, which then noted 0
         if noted is not None:
             return noted
@@ -138,25 +138,25 @@ def note_leader() -> None:
 
 
 def note_exit(code: int) -> int:
-    """Tell the launcher that `serve` ends for good, and its exit code. Returns the code to exit with."""
+    """Tell the launcher that `serve` ends for good with `code`. Returns the code with which to exit."""
     return 0 if _write(_EXIT_CODE, code) else code
 
 
 def note_loss(problem: str) -> None:
-    """Note why the ranks restart, for the next leader of this host."""
+    """Record why the ranks restart, for the next leader on this host."""
     _write(_LOSS, problem)
 
 
 def is_stopping() -> bool:
-    """Whether the launcher was asked to stop: then a restarted leader must exit and not serve."""
+    """Whether the launcher was asked to stop. A restarted leader must then exit instead of serving."""
     return (Path(os.environ.get(FOLDER, "/nowhere")) / _STOPPING).exists()
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torch's launcher ends, and exit if it has ended (Linux)."""
+    """Have the kernel kill this rank when torch's launcher ends; exit if it has ended already. Linux only."""
     parent = os.getppid()
     folder = os.environ.get(FOLDER)
-    if folder is not None:  # by now the launcher may have ended, and this rank have another parent
+    if folder is not None:  # the launcher may have ended already, so that this rank has another parent
         try:
             parent = int((Path(folder) / _AGENT).read_text())
         except (OSError, ValueError):
@@ -165,7 +165,7 @@ def end_with_launcher() -> None:
 
 
 def last_loss() -> str:
-    """Why the ranks restarted, or ""."""
+    """Why the ranks last restarted; "" if no reason was recorded."""
     folder = os.environ.get(FOLDER, "")
     with contextlib.suppress(OSError):
         return (Path(folder) / _LOSS).read_text()
@@ -184,12 +184,12 @@ def _write(name: str, value: object) -> bool:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[str]:
-    """A folder for this launch. Deletes those that launchers left which were killed."""
+    """A folder for this launch. Deletes the folders that killed launchers left behind."""
     for each in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         _delete_if_left(each)
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
         lock = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system without locks; nothing is deleted there
+        with contextlib.suppress(OSError):  # on a file system without locks, nothing is deleted
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield folder
@@ -198,13 +198,13 @@ def _folder() -> Iterator[str]:
 
 
 def _delete_if_left(folder: Path) -> None:
-    """Delete a folder of this user whose launcher has ended, which the kernel then unlocked."""
+    """Delete a launch folder of this user if no running launcher holds its lock."""
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_own = os.fstat(lock).st_uid == os.getuid()
-            if is_own and (folder / _AGENT).exists():  # without it, its launcher is about to lock it
+            if is_own and (folder / _AGENT).exists():  # without it, the launcher will lock the folder
                 shutil.rmtree(folder)
         finally:
             os.close(lock)
@@ -235,14 +235,14 @@ def _rendezvous(chosen: Launch) -> tuple[str, int]:
     host, colon, port = (chosen.rendezvous or "").rpartition(":")
     if not host or not colon or not port.isdigit():
         raise ConfigError(
-            f"--rendezvous must be HOST:PORT of the host that has the run directory, with --nodes "
+            f"--rendezvous must be HOST:PORT of the host that has the run directory if --nodes is "
             f"{chosen.nodes}, got {chosen.rendezvous!r}"
         )
     return host, int(port)
 
 
 def _end_with(parent: int, number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends (Linux); exit if it has ended."""
+    """Have the kernel signal this process when its parent ends; exit if it has ended already. Linux only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
@@ -250,10 +250,10 @@ def _end_with(parent: int, number: int) -> None:
 
 
 def _wait(launcher: subprocess.Popen[bytes], folder: Path, limits: Mapping[str, float]) -> int:
-    """The exit code of torch's launcher; 0 if it had to be ended.
+    """Wait for torch's launcher, and return its exit code; 0 if it had to be killed.
 
-    `limits` says by the name of a file how many seconds after it appears the launcher is ended. All ranks on
-    this host end with it.
+    `limits` maps the name of a file to a time in seconds: the launcher is killed that long after the file
+    appears. All ranks on this host end with the launcher.
     """
     seen: dict[str, float] = {}
     while (code := launcher.poll()) is None:
@@ -261,7 +261,7 @@ def _wait(launcher: subprocess.Popen[bytes], folder: Path, limits: Mapping[str, 
             if not (folder / name).exists():
                 continue
             if time.monotonic() - seen.setdefault(name, time.monotonic()) > seconds:
-                launcher.kill()  # SIGTERM would make it wait 30 s for followers, which ignore it
+                launcher.kill()  # after SIGTERM it would wait 30 s for followers, which ignore that signal
                 launcher.wait()
                 return 0
         time.sleep(_POLL_SECONDS)
@@ -269,10 +269,10 @@ def _wait(launcher: subprocess.Popen[bytes], folder: Path, limits: Mapping[str, 
 
 
 def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes], *, follows: bool) -> None:
-    """Forward SIGTERM and SIGINT to the leader. Without one, end torch's launcher.
+    """Forward SIGTERM and SIGINT to the leader. Without a leader on this host, end torch's launcher.
 
-    If the leader is on another host (`follows`), wait first: it may have got the signal too, and needs its
-    followers until it has stopped. A second signal does not wait.
+    If the leader is on another host (`follows`), the first signal only waits for the leader: it may have
+    received the signal too, and needs its followers until it has stopped. A second signal does not wait.
     """
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -295,7 +295,7 @@ def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes], *, follows
 
 
 def _forward_hang_up(folder: Path) -> None:
-    """Forward SIGHUP to the leader, if it is on this host and handles signals by now."""
+    """Forward SIGHUP to the leader if it is on this host and already handles signals."""
 
     def forward(*_: object) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -30,11 +30,11 @@ T = TypeVar("T")
 
 
 class LeaderTrainer:
-    """Has the methods of `TorchTrainer` that a server calls.
+    """Carries out the calls of a `TorchTrainer` on all ranks, with the same methods.
 
-    A call that fails on one rank leaves the others waiting. Every error is therefore raised as StateLost:
-    the processes exit, and a restart recovers the run from its last durable step. The exception is a
-    ValueError of `configure`, in which no rank waits for another: all ranks raise it alike.
+    A call that fails on one rank leaves the others waiting. Every error is therefore raised as StateLost: the
+    processes exit, and a restart recovers the run from its last durable step. The exception is a ValueError
+    of `configure`: all ranks raise it alike, and no rank waits for another.
     """
 
     def __init__(
@@ -43,27 +43,27 @@ class LeaderTrainer:
         self._trainer, self._member, self._saver, self._place = trainer, member, saver, save_place
         self._saves = 0
         self._sharded = False
-        """Whether each rank saves its own part."""
+        """Whether each rank saves its own part of the state."""
         self._gathered: bool | None = None
         """Whether the last gathered weights are the averaged ones; None if they are missing or outdated."""
 
     @property
     def info(self) -> ModelInfo:
-        """The model."""
+        """A description of the model."""
         return self._trainer.info
 
     @property
     def read_tokens(self) -> int:
-        """Default of `Limits.max_read_tokens`."""
+        """The default of `Limits.max_read_tokens` for this model and device."""
         return self._trainer.read_tokens
 
     @property
     def versions(self) -> dict[str, str]:
-        """What results depend on, including the layout of the ranks."""
+        """The versions and settings on which results depend, including the layout of the ranks."""
         return self._trainer.versions
 
     def usable_after(self, error: BaseException) -> bool:
-        """Whether this rank's device still works."""
+        """Whether this rank's device still works after an error."""
         return self._trainer.usable_after(error)
 
     def begin(self) -> str:
@@ -71,16 +71,16 @@ class LeaderTrainer:
         return self._trainer.begin()
 
     def use_threads(self, count: int) -> None:
-        """Compute with this many threads on every rank."""
+        """Compute with `count` threads on every rank."""
         self._together(Order("use_threads", {"count": count}), lambda: self._trainer.use_threads(count))
 
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Continue with another [optimizer] section and numerics version. Raises ValueError if it cannot."""
+        """Continue with another [optimizer] section and numerics version. Raises ValueError if impossible."""
         order = Order("configure", {"optimizer": optimizer, "numerics_version": numerics_version})
         self._together(order, lambda: self._trainer.configure(optimizer, numerics_version))
 
     def load(self, folder: Path) -> None:
-        """Load a checkpoint, which this rank reads for all ranks. Raises ValueError if it does not fit."""
+        """Load a checkpoint, which this rank reads for all. Raises ValueError if the model does not fit."""
         saved = self._trainer.read(folder)
         self._together(Order("receive"), lambda: self._trainer.receive(saved))
 
@@ -91,13 +91,13 @@ class LeaderTrainer:
             self._sharded = self._place.decide(self._ranks_without_folder())
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        """Apply one step on all ranks."""
+        """Train one step on all ranks, and return its result."""
         self._trainer.check_modes(modes)
         order = Order("train_step", {"lineage": lineage, "step": step}, Payload(batch, modes).encode())
         return self._together(order, lambda: self._trainer.train_step(lineage, step, batch, modes))
 
     def snapshot(self) -> Snapshot | ShardSnapshot:
-        """A copy of the state: each rank's part in its host's memory, or all of it in this host's memory."""
+        """Copy the state to host memory: on each rank its own part, or on this rank all of it."""
         if self._sharded:
             self._saves += 1
             order = Order("copy_shards", {"save": self._saves})
@@ -108,23 +108,23 @@ class LeaderTrainer:
     def eval_loss(
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
     ) -> EvalResult:
-        """Evaluate one batch, on this rank, with weights gathered from all."""
+        """Evaluate one batch on this rank, with weights gathered from all ranks."""
         self._gather(raw=options.raw_weights)
         return self._trainer.eval_loss(batch, options, wanted)
 
     def generate(
         self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
     ) -> Iterator[GenerationState]:
-        """Fill in the prompts, on this rank, with weights gathered from all."""
+        """Sample the unknown positions of prompts on this rank, with weights gathered from all ranks."""
         self._gather(raw=options.raw_weights)
         yield from self._trainer.generate(prompts, options, wanted)
 
     def _ranks_without_folder(self) -> list[int]:
-        """The ranks that do not see the folder of the checkpoints, or cannot write there."""
+        """The ranks that do not see the folder of the checkpoints, or cannot write to it."""
         try:
             path = shared_folder.place_probe(self._place.folder)
         except OSError as error:
-            log.error("%s cannot be written (%s)", self._place.folder, error.strerror)
+            log.error("cannot write to %s (%s); check that folder", self._place.folder, error.strerror)
             return [self._member.place.rank]
         try:
             order = Order("probe", {"path": str(path)})
@@ -140,7 +140,7 @@ class LeaderTrainer:
             self._gathered = averaged
 
     def _together(self, order: Order, call: Callable[[], T], *, changes: bool = True) -> T:
-        """Carry out an order on every rank. Raises StateLost, or ValueError if all refuse it alike."""
+        """Carry out an order on every rank. Raises StateLost, or a ValueError that all ranks raise alike."""
         if changes:
             self._gathered = None
         failpoints.passing("rank.ordering")
@@ -150,7 +150,7 @@ class LeaderTrainer:
 
 
 def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
-    """Carry out an order on this rank, and check that all ranks did so, or refuse to `configure` alike."""
+    """Carry out an order on this rank, and check that all ranks succeed, or refuse `configure` alike."""
     refusal: ValueError | None = None
     with fatal(member, order):
         failpoints.passing("rank.ordered")
@@ -158,11 +158,11 @@ def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
             result = call()
         except ValueError as error:
             if order.name != "configure":
-                raise  # for example of the model: the others may wait for this rank in a collective
+                raise  # for example from the model: other ranks may wait for this rank in a collective
             refusal = error
         if refusal is not None:
             member.ranks.agree(f"{order.name} refused: {refusal}")
-        elif order.name != "train_step":  # its ranks agree before the update
+        elif order.name != "train_step":  # in a training step, the ranks agree before the update
             member.ranks.agree(f"{order.name} done")
     if refusal is not None:
         raise refusal
@@ -172,7 +172,7 @@ def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def fatal(member: Member, order: Order) -> Iterator[None]:
-    """Raise every error as StateLost: the other ranks wait for this one, or have ended."""
+    """Raise every error as StateLost, because the other ranks wait for this rank, or have ended."""
     try:
         yield
     except StateLost:

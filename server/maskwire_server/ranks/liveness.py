@@ -1,4 +1,4 @@
-"""Which ranks are alive: each follower and the leader send one another a byte every second.
+"""Detects lost ranks: the leader and each follower send each other a byte every second.
 
 A dead process closes its connection at once. A frozen process or a lost host falls silent. In both cases
 this process exits, so that the launcher restarts all ranks. The collectives' own timeouts would take minutes.
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 2.0
-"""How long a rank that failed waits before it exits. If the cause is the loss of another rank, this module
-ends the process within that time and reports that rank."""
+"""How long a failed rank waits before it exits. If the cause is the loss of another rank, this module ends
+the process within that time, and reports the lost rank."""
 LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16
@@ -43,7 +43,7 @@ class LeaderAddress:
 
 
 class Monitor:
-    """The leader's side: listens, and watches one connection per follower."""
+    """The leader's monitor: accepts one connection from each follower, and watches it."""
 
     def __init__(self, host: str, followers: int, timeout: float, on_loss: OnLoss) -> None:
         """`timeout`, in seconds, is how long a follower may be silent, or take to connect."""
@@ -57,7 +57,7 @@ class Monitor:
         threading.Thread(target=self._run, name="maskwire-liveness", daemon=True).start()
 
     def end_followers(self) -> None:
-        """Tell the followers to exit with code 0: the leader ends for good."""
+        """Tell the followers to exit with code 0, because the leader ends for good."""
         with self._lock:
             self._ending = True
             _send(self._links.values(), _END)
@@ -112,9 +112,10 @@ class Monitor:
 def watch_leader(
     address: LeaderAddress, rank: int, timeout: float, on_loss: OnLoss, on_end: Callable[[], None]
 ) -> None:
-    """Connect to the leader's monitor, and watch it on two background threads. Raises OSError.
+    """Connect to the leader's monitor, and watch the leader on two background threads.
 
-    `on_end` is called when the leader announces that it shuts down for good.
+    `on_end` is called when the leader announces that it ends for good, `on_loss` when it is lost. Raises
+    OSError if the connection fails.
     """
     link = socket.create_connection((address.host, address.port), timeout)
     link.sendall(f"{address.token} {rank} {os.getpid()}\n".encode())
@@ -139,7 +140,7 @@ def watch_leader(
 
 
 def exit_now(code: int, note: Callable[[str], None]) -> OnLoss:
-    """An `OnLoss` that passes the problem to `note` and exits: the state in memory is discarded."""
+    """Return an `OnLoss` that passes the problem to `note`, and exits with `code`."""
 
     def end(problem: str) -> None:
         note(problem)
@@ -157,13 +158,13 @@ def _send(links: Iterable[socket.socket], data: bytes) -> None:
 
 
 def _greeting(line: bytes) -> tuple[bytes, int, int]:
-    """Token, rank and process id. Raises ValueError for anything else."""
+    """Parse a follower's token, rank and process id. Raises ValueError if the line has another form."""
     token, rank, pid = line.split()
     return token, int(rank), int(pid)
 
 
 def _read_until_gone(link: socket.socket, timeout: float) -> tuple[str, bool]:
-    """Read until the other side is gone. Returns the problem, and whether that side may be frozen, not dead.
+    """Read until the other side is gone. Returns the problem, and whether the other side may be frozen.
 
     The problem is "" if the leader announced that it ends for good.
     """
@@ -182,6 +183,6 @@ def _read_until_gone(link: socket.socket, timeout: float) -> tuple[str, bool]:
 
 
 def _kill(pid: int) -> None:
-    """Kill a frozen process on this host: the launcher would wait 30 seconds for it to end."""
+    """Kill a frozen process on this host, for whose end the launcher would wait 30 seconds."""
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the leader tells its followers to compute: a name, JSON arguments, and a payload as bytes."""
+"""Orders from the leader to its followers: a name, JSON arguments, and a payload as bytes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Order:
     """The batch of a step, as the journal keeps it."""
 
     def encode(self) -> bytes:
-        """The sizes of the head and of the payload, uint32 each; the head, as JSON; the payload."""
+        """Encode the order: the sizes of head and payload as uint32, the head as JSON, and the payload."""
         head = json.dumps([self.name, self.arguments]).encode()
         return _HEADER.pack(len(head), len(self.payload)) + head + self.payload
 
     @staticmethod
     def decode(data: bytes) -> Order:
-        """What `encode` wrote. Raises ValueError if the sizes are wrong."""
+        """Parse the bytes that `encode` returned. Raises ValueError if the sizes are wrong."""
         head, payload = _HEADER.unpack_from(data)
         if len(data) != _HEADER.size + head + payload:
             raise ValueError(f"an order must have {_HEADER.size + head + payload} bytes, got {len(data)}")

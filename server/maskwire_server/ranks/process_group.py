@@ -1,4 +1,4 @@
-"""This process as one rank of a group, which it joins using the launcher's environment variables."""
+"""Makes this process one rank of the group that the launcher's environment variables describe."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ log = logging.getLogger(__name__)
 EXIT_LOST = 75
 """Exit code: another rank was lost."""
 _FORM_SECONDS = 60
-"""How long a rank waits for the others when it starts, which must import torch meanwhile. Afterwards it
-watches them. If this is too short, the ranks restart, and import torch again from a warmer disk cache."""
+"""How long a starting rank waits for the others, which must import torch meanwhile. Afterwards it watches
+them. If the time is too short, the ranks restart, and import torch again from a warmer disk cache."""
 _LEAVE = timedelta(seconds=10)  # how long a rank's answer to a configuration error may take
-_COLLECTIVE = timedelta(minutes=30)  # limit for a hung device; lost ranks are noticed long before
+_COLLECTIVE = timedelta(minutes=30)  # limit for a hung device; lost ranks are detected much sooner
 _SAVE = timedelta(hours=1)  # how long the files of one checkpoint may take
 _UNBOUNDED = timedelta(days=3650)  # between two orders, or two saves, a run may be idle
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place, from the environment that torch's launchers set."""
+    """A rank's place in the group and on its host, from the environment that torch's launchers set."""
 
     rank: int
     size: int
@@ -51,7 +51,7 @@ class Place:
 
     @staticmethod
     def from_environment() -> Place:
-        """The place of this process."""
+        """The place of this process, from its environment variables."""
         rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         return Place(rank, size, local_rank, local_size, int(os.environ.get("GROUP_WORLD_SIZE", 1)))
@@ -64,13 +64,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a rank has and was configured with, as far as all ranks must fit together."""
+    """The properties and settings of a rank that must fit those of the other ranks."""
 
     host: str
     settings: dict[str, str]
-    """By name: what must be the same on all ranks."""
+    """The settings that must be the same on all ranks, by name."""
     problem: str
-    """Why this rank cannot take part, or ""."""
+    """Why this rank cannot take part; empty if it can."""
     may_lead: bool
 
 
@@ -78,10 +78,10 @@ _exit_lost = exit_now(EXIT_LOST, note_loss)
 
 
 class Member:
-    """This process in its group. The leader calls `order` while all others call `next_order`."""
+    """This process as a member of its group. The leader calls `order`; all others call `next_order`."""
 
     def __init__(self, place: Place, ranks: ManyRanks, leader: int, monitor: Monitor | None) -> None:
-        """`monitor` is the leader's."""
+        """`monitor` watches the followers; it is None on followers."""
         self.place, self.ranks = place, ranks
         self.is_leader = ranks.is_leader
         self._leader = leader
@@ -98,7 +98,7 @@ class Member:
         self._broadcast(self._orders, data)
 
     def next_order(self) -> Order:
-        """Wait for an order, for as long as it takes."""
+        """Wait for the leader's next order, without a time limit, and return it."""
         data = self._broadcast(self._orders)
         self.ranks.record(data)
         return Order.decode(data)
@@ -108,11 +108,11 @@ class Member:
         self._broadcast(self._saves, order.encode())
 
     def next_save(self) -> Order:
-        """Wait for an order to the saver, for as long as it takes."""
+        """Wait for the leader's next order to the saver, without a time limit, and return it."""
         return Order.decode(self._broadcast(self._saves))
 
     def exchange(self, report: bytes) -> list[bytes]:
-        """The reports of all ranks' savers. Waits for all of them."""
+        """Send this saver's report to all ranks, and return the reports of all savers, by rank."""
         size = torch.tensor([len(report)], dtype=torch.int64)
         sizes = [torch.zeros_like(size) for _ in range(self.place.size)]
         dist.all_gather(sizes, size, group=self._saves)
@@ -123,7 +123,10 @@ class Member:
         return [each[: int(length)].numpy().tobytes() for each, length in zip(found, sizes, strict=True)]
 
     def _broadcast(self, group: dist.ProcessGroup, data: bytes | None = None) -> bytes:
-        """Send bytes from the leader to all others, which wait for them without a time limit."""
+        """Send `data` from the leader to all other ranks, and return it. Only the leader passes `data`.
+
+        The other ranks wait for it without a time limit.
+        """
         size = torch.tensor([len(data or b"")], dtype=torch.int64)
         options = dist.BroadcastOptions()
         options.rootRank = self._leader
@@ -137,15 +140,15 @@ class Member:
         return there.numpy().tobytes()
 
     def end(self) -> None:
-        """Let the followers exit: the leader ends for good."""
+        """Let the followers exit, because the leader ends for good."""
         if self._monitor is not None:
             self._monitor.end_followers()
 
 
 def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
-    """Join the group of the launcher, and exit from now on when another rank is lost.
+    """Join the launcher's group. From now on, this process exits when another rank is lost.
 
-    Raises ConfigError on every rank if one of them does not fit the configuration, or the others.
+    Raises ConfigError on every rank if any rank does not fit the configuration or the other ranks.
     """
     place = Place.from_environment()
     late = threading.Timer(_FORM_SECONDS, _exit_lost, [f"the ranks did not meet within {_FORM_SECONDS} s"])
@@ -160,7 +163,7 @@ def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
         _leave_together(store, place)
         raise
     monitor = _watch(store, place, leader, distributed.rank_timeout_seconds)
-    late.cancel()  # from now on, each rank watches the leader, and the leader all others
+    late.cancel()  # from now on, each rank watches the leader, and the leader watches all others
     device = rank_device(serve.device, place)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -176,22 +179,22 @@ def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
 
 
 def rank_device(wish: str, place: Place) -> torch.device:
-    """The device of this rank. Raises ConfigError unless this host has one for each of its ranks."""
+    """The device of this rank. Raises ConfigError unless this host has a device for each of its ranks."""
     device = choose_device(wish)
     if device.type != "cuda":
         return device
     if ":" in wish:
-        raise ConfigError(f"serve.device: with ranks must be auto, cpu or cuda, a GPU for each, got {wish!r}")
+        raise ConfigError(f"serve.device: with several ranks must be auto, cpu or cuda, got {wish!r}")
     if place.local_size > torch.cuda.device_count():
         raise ConfigError(
             f"--ranks: must be at most the number of CUDA devices, {torch.cuda.device_count()}, "
-            f"got {place.local_size}; or set serve.device=cpu"
+            f"got {place.local_size}; start fewer ranks, or set serve.device=cpu"
         )
     return torch.device("cuda", place.local_rank)
 
 
 def own_terms(place: Place, distributed: DistributedConfig, serve: ServeConfig) -> Terms:
-    """The terms of this rank."""
+    """The properties and settings of this rank that must fit those of the other ranks."""
     device, problem = "", ""
     try:
         device = rank_device(serve.device, place).type
@@ -206,7 +209,10 @@ def own_terms(place: Place, distributed: DistributedConfig, serve: ServeConfig) 
 
 
 def agreed(terms: Sequence[Terms], distributed: DistributedConfig) -> int:
-    """The rank of the leader. Raises ConfigError, with the same words on every rank, if the terms differ."""
+    """Check that all ranks fit together, and return the rank of the leader.
+
+    Raises ConfigError, with the same message on every rank, if they do not.
+    """
     for rank, each in enumerate(terms):
         if each.problem:
             raise ConfigError(f"rank {rank} on {each.host}: {each.problem}")
@@ -223,20 +229,20 @@ def agreed(terms: Sequence[Terms], distributed: DistributedConfig) -> int:
     if len(leaders) != 1:
         raise ConfigError(
             f"distributed: exactly one host must have the run directory, got {len(leaders)}; set {LEADER}=1 "
-            "there, or start with: maskwire-server serve --ranks N --nodes M --rendezvous HOST:PORT"
+            "on that host, or start with: maskwire-server serve --ranks N --nodes M --rendezvous HOST:PORT"
         )
     return leaders[0]
 
 
 def _exchange(store: Store, place: Place, own: Terms) -> list[Terms]:
-    """The terms of all ranks. Waits for all of them."""
+    """Publish the terms of this rank, and return the terms of all ranks once all have published."""
     store.set(f"terms/{place.rank}", json.dumps(asdict(own)))
     found = store.multi_get([f"terms/{rank}" for rank in range(place.size)])
     return [Terms(**json.loads(each)) for each in found]
 
 
 def _leave_together(store: Store, place: Place) -> None:
-    """Keep the store, which the process of rank 0 may have, until all ranks have read it."""
+    """Report that this rank has read the store. Rank 0, which may host it, waits for the other ranks."""
     with contextlib.suppress(RuntimeError):  # includes torch's errors of a store that is gone
         store.set(f"left/{place.rank}", "")
         if place.rank == 0:
@@ -244,7 +250,7 @@ def _leave_together(store: Store, place: Place) -> None:
 
 
 def _watch(store: Store, place: Place, leader: int, timeout: float) -> Monitor | None:
-    """Watch the other ranks from now on, and exit when one is lost. Returns the leader's monitor."""
+    """Watch the other ranks from now on, and exit when one is lost. Returns the monitor on the leader."""
     if place.rank == leader:
         host = LOOPBACK if place.hosts == 1 else addresses.towards(os.environ["MASTER_ADDR"])
         monitor = Monitor(host, place.size - 1, timeout, _exit_lost)
@@ -256,7 +262,7 @@ def _watch(store: Store, place: Place, leader: int, timeout: float) -> Monitor |
 
 
 def _store(place: Place) -> str:
-    """The `init_method`: a file in the launcher's folder, or `env://` with several hosts or torchrun."""
+    """The URL of the group's store: a file in the launcher's folder; env:// for torchrun or several hosts."""
     folder = os.environ.get(FOLDER)
     if folder is None or place.hosts > 1:
         return "env://"

@@ -1,8 +1,8 @@
-"""Saving by all ranks: each writes the part of the state that it copied, on a background thread.
+"""Saves a checkpoint on all ranks: each writes its own part of the state, on a background thread.
 
 The leader sends the order to write through a separate process group, so that training continues in the
 meantime. Each rank writes its files, makes them durable and reports their names, sizes and SHA-256. The
-leader then moves the files into place, and the manifest, which lists them, makes them a checkpoint.
+leader then moves the files into place, and writes the manifest that makes them a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ log = logging.getLogger(__name__)
 
 
 class PartFiles(Protocol):
-    """Operations on the files of several ranks; see `checkpoints.rank_parts`. All methods raise OSError."""
+    """File operations for several ranks; see `checkpoints.rank_parts`. All methods may raise OSError."""
 
     def begin(self, folder: Path) -> Path:
-        """Create a folder for the ranks' files in the folder of a checkpoint."""
+        """Create a folder for the ranks' files in a checkpoint's folder, and return its path."""
 
     def describe(self, parts: Path, names: Iterable[str]) -> list[FileInfo]:
-        """Make files durable, and describe them."""
+        """Make files durable, and return their names, sizes and hashes."""
 
     def place(self, parts: Path, folder: Path, files: Iterable[FileInfo]) -> None:
         """Move the files of all ranks into the folder of their checkpoint."""
 
 
 class ShardSaver:
-    """Saves this rank's part. `keep` is called by the training thread."""
+    """Saves this rank's part of each checkpoint. The training thread calls `keep`."""
 
     def __init__(self, member: Member, files: PartFiles) -> None:
         self._member, self._files = member, files
@@ -51,16 +51,16 @@ class ShardSaver:
             threading.Thread(target=self._serve, name="maskwire-saver", daemon=True).start()
 
     def keep(self, number: int, copy: Callable[[], Shards]) -> None:
-        """Copy a follower's state, and keep the copy until the leader orders it to be written or replaced.
+        """Copy this follower's part of the state, and keep the copy until it is written or replaced.
 
-        The ranks confirm this order only after the copy is made, so that the copy exists when the order to
-        write it arrives.
+        The ranks confirm the order to copy only after the copy is made, so that the copy exists when the
+        order to write it arrives.
         """
         self._kept = None  # so that its memory can be reused
         self._kept = number, copy()
 
     def snapshot(self, number: int, shards: Shards) -> ShardSnapshot:
-        """The leader's handle on copy `number`. Writing it writes the copies of all ranks."""
+        """The snapshot with which the leader writes copy `number` of all ranks."""
         return ShardSnapshot(self, number, shards)
 
     def write(self, number: int, shards: Shards, folder: Path) -> list[FileInfo]:
@@ -89,7 +89,7 @@ class ShardSaver:
                 given = order.arguments
                 kept, self._kept = self._kept, None
                 if kept is None or kept[0] != given["number"]:
-                    report = _failed(errno.EIO, f"has no copy number {given['number']}")
+                    report = _failed(errno.EIO, f"it has no copy number {given['number']}")
                 else:
                     report = self._report(kept[1], Path(given["parts"]), with_frozen=given["frozen"])
                 del kept  # so that its memory can be reused for the next copy
@@ -98,7 +98,7 @@ class ShardSaver:
             self._end(error)
 
     def _report(self, shards: Shards, parts: Path, *, with_frozen: bool) -> bytes:
-        """Write this rank's files, and encode their description, or the error, for the other ranks."""
+        """Write this rank's files. Returns their description, or the error, encoded for the other ranks."""
         try:
             names = shards.write(parts, with_frozen=with_frozen)
             files = self._files.describe(parts, names)
@@ -108,21 +108,21 @@ class ShardSaver:
         return json.dumps([[file.name, file.size_bytes, file.sha256.hex()] for file in files]).encode()
 
     def _end(self, error: Exception) -> None:
-        """End this process: the other ranks wait for it, or have ended."""
+        """End this process, because the other ranks wait for it, or have ended."""
         time.sleep(GRACE_SECONDS)
         self._member.lost(f"rank {self._member.place.rank} failed in a save: {error}")
 
 
 @dataclass(frozen=True)
 class ShardSnapshot:
-    """A copy of the state in the host memory of all ranks."""
+    """A copy of the state, of which each rank holds a part in host memory."""
 
     saver: ShardSaver
     number: int
     shards: Shards
 
     def write(self, folder: Path) -> Sequence[FileInfo]:
-        """Write the files of all ranks, durably. Raises OSError."""
+        """Write the files of all ranks durably, and return their descriptions. Raises OSError."""
         return self.saver.write(self.number, self.shards, folder)
 
 
@@ -131,18 +131,18 @@ def _failed(number: int, problem: str) -> bytes:
 
 
 def _joined(reports: Sequence[bytes]) -> list[FileInfo]:
-    """The files of all ranks. Raises OSError if one of them could not write."""
+    """The files in the reports of all ranks. Raises OSError if a rank could not write its files."""
     found = []
     for rank, report in enumerate(reports):
         told = json.loads(report)
         if isinstance(told, dict):
-            raise OSError(told["errno"], f"rank {rank}: {told['problem']}")
+            raise OSError(told["errno"], f"rank {rank} cannot write its files: {told['problem']}")
         found += [FileInfo(name, size, bytes.fromhex(sha256)) for name, size, sha256 in told]
     return found
 
 
 def _has_frozen(folder: Path, shards: Shards) -> bool:
-    """Whether the folder has links to all weights that are never trained. Incomplete links are removed."""
+    """Whether the folder already has links to all frozen weights. Removes incomplete links."""
     names = shards.names.get(FROZEN_FILE, frozenset())
     paths = checkpoint_tensors.files_of(folder, FROZEN_FILE)
     try:

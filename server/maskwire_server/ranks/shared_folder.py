@@ -1,4 +1,4 @@
-"""Checks that all ranks see the folder of the checkpoints: each looks for a file of the leader."""
+"""Checks that all ranks share the folder of checkpoints: each looks for a file from the leader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _PREFIX = ".probe-"
 
 
 def place_probe(folder: Path) -> Path:
-    """Create a file that the other ranks must see; it is empty, to work on a full disk. Raises OSError."""
+    """Create a file that the other ranks must see, and return its path. Raises OSError.
+
+    The file is empty, so that it can be created on a full disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{_PREFIX}*"):  # left behind by a process that was killed
         old.unlink()
@@ -42,7 +45,7 @@ def sees(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class SavePlace:
-    """Where checkpoints are, and which ranks are to write them."""
+    """Where checkpoints are saved, and which ranks write them."""
 
     folder: Path
     """The folder of all checkpoints of the run."""
@@ -50,12 +53,13 @@ class SavePlace:
     """`distributed.checkpoints_by`."""
 
     def wanted(self, size: int) -> bool:
-        """Whether each of `size` ranks is to write its own files, if it can."""
+        """Whether each of `size` ranks should write its own files if it can."""
         return size > 1 and self.saved_by != "leader"
 
     def decide(self, without: list[int]) -> bool:
-        """Whether each rank writes its own files; `without` are the ranks that lack the folder. Raises
-        ConfigError.
+        """Decide whether each rank writes its own files. `without` lists the ranks that lack the folder.
+
+        Raises ConfigError if each rank must write its own files, but cannot.
         """
         if not without:
             log.info("each rank writes its part of checkpoints to %s", self.folder.resolve())
@@ -68,7 +72,7 @@ class SavePlace:
         cure = f"replace {self.folder} with a link to a folder that all hosts share at the same path"
         if self.saved_by == "ranks":
             raise ConfigError(
-                f"distributed.checkpoints_by is ranks, and {problem}; {cure}, or set it to leader"
+                f"distributed.checkpoints_by is ranks, but {problem}; {cure}, or set it to leader"
             )
         log.warning("%s: the leader gathers the state of all ranks, and writes it; to change that, %s",
                     problem, cure)  # fmt: skip

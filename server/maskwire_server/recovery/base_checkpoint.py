@@ -1,4 +1,4 @@
-"""The checkpoint that a run is recovered from: the newest intact one of its own history."""
+"""Finds the checkpoint for recovery: the newest intact checkpoint of the run's own history."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from maskwire_server.manifest import Manifest
 def newest_verified(
     checkpoints: Checkpoints, journal: Journal, segments: list[Segment], *, accept_lost: bool = False
 ) -> tuple[Manifest | None, dict[str, str]]:
-    """The newest intact checkpoint of the ancestry, and what is wrong with others, by name.
+    """The newest intact checkpoint of the ancestry, and the problems of other checkpoints, by name.
 
-    Raises RunDirectoryError when a checkpoint holds a step that the journal lost, unless `accept_lost`.
+    Raises RunDirectoryError if a checkpoint holds a step that the journal lost, unless `accept_lost`.
     """
     run_id = journal.fact("run_id")
     lineages, saves = journal.lineages(), recorded_saves(journal)
@@ -44,7 +44,7 @@ def newest_verified(
             raise RunDirectoryError(
                 f"checkpoint {info.name!r}: {lost}. If it was copied here from another copy of the run, move "
                 "it out of checkpoints/. Otherwise the journal lost acknowledged steps: restore the run "
-                "directory from a copy, or continue without them, for good, with --accept-lost-history"
+                "directory from a copy, or give these steps up permanently with --accept-lost-history"
             )
         wrong[info.name] = lost
     for manifest in on_path(found, segments):

@@ -1,4 +1,4 @@
-"""Opening a run, and recovering it to its last durable step."""
+"""Opens a run, and recovers it to its last durable step."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = True) -> Journal:
-    """Open the run in a directory, or create one in an empty directory.
+    """Open the journal of a directory's run, or create a run if the directory is empty.
 
-    Raises RunDirectoryError when the directory holds another run, or something else.
+    Raises RunDirectoryError if the directory holds another run, or other files.
     """
     journal = Journal(run_dir, durable=durable)
     try:
@@ -51,11 +51,11 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
 
 
 def open_recorded(run_dir: Path) -> Journal:
-    """Open the run in a directory. Raises RunDirectoryError when there is none."""
+    """Open the journal of a directory's run. Raises RunDirectoryError if there is no run."""
     if not (run_dir / JOURNAL_FILE).is_file():
         raise RunDirectoryError(
-            f"{run_dir}: there is no run here ({JOURNAL_FILE} is missing); check the path, --run-dir or "
-            "run.dir"
+            f"{run_dir}: there is no run here ({JOURNAL_FILE} is missing); check this path, which comes from "
+            "the command, --run-dir or run.dir"
         )
     return Journal(run_dir)
 
@@ -64,12 +64,12 @@ def check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes)
     """Raise RunDirectoryError, naming each difference, unless seed, model and objective match the run."""
     differences = []
     if journal.fact("seed") != seed:
-        differences.append(f"run.seed is {journal.fact('seed')} in the run, {seed} in the configuration")
+        differences.append(f"run.seed is {journal.fact('seed')} in the run, but {seed} in the configuration")
     recorded, configured = json.loads(journal.fact("canonical")), json.loads(canonical)
     for section in recorded.keys() | configured.keys():
         was, now = recorded.get(section, {}), configured.get(section, {})
         differences += [
-            f"{section}.{key} is {was.get(key)!r} in the run, {now.get(key)!r} in the configuration"
+            f"{section}.{key} is {was.get(key)!r} in the run, but {now.get(key)!r} in the configuration"
             for key in sorted(was.keys() | now.keys())
             if was.get(key) != now.get(key)
         ]
@@ -88,7 +88,7 @@ class Recovered:
     step: int
     digest: bytes
     non_finite: int
-    """How many of the newest steps in a row were not finite, not counting those before the last takeover."""
+    """How many of the newest steps in a row were not finite, counted since the last takeover."""
     replayed_inexactly: bool
     """Whether the state comes from an inexact replay: it must then be saved before any training or answer."""
     accepted: bool
@@ -112,9 +112,9 @@ def recover(
 ) -> Recovered:
     """Bring the trainer to the journal's last step, and set unusable checkpoints aside.
 
-    `tell` is called with the progress. `when_space` calls a function that writes to the journal, and may wait
-    until the disk has space. Raises RunDirectoryError if the last step cannot be recomputed, and
-    InexactReplayError as `replay` does.
+    `tell` is called with texts about the progress. `when_space` calls a function that writes to the journal,
+    and may wait until the disk has space. Raises RunDirectoryError if the last step cannot be recomputed, and
+    InexactReplayError if a recomputed step differs too much from the recorded one.
     """
     lineages = journal.lineages()
     lineage = max(lineages)
@@ -170,7 +170,7 @@ def accept_lost_history(
 ) -> Recovered:
     """Continue from the last surviving step on a new lineage, so that clients notice the loss.
 
-    Raises RunDirectoryError unless that step is `step`. A second call for the same step changes nothing.
+    Raises RunDirectoryError unless `step` is that step. A second call for the same step changes nothing.
     """
     current = journal.lineages()[recovered.lineage]
     if recovered.step != step:

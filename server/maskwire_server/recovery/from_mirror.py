@@ -1,4 +1,4 @@
-"""A run restored from its mirror, for a server whose run directory holds none."""
+"""Restores a run from its mirror when the run directory of a server holds no run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RETRY_SECONDS = 2.0
 
 
 def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -> None:
-    """Restore the journal of a run directory that has none, if the mirror has the run.
+    """Restore the journal from the mirror if the run directory has no journal and the mirror holds a run.
 
-    The checkpoints are fetched later, when the run starts. Waits until the store answers: while it cannot be
-    read, the server must not start a new run, because the mirror may hold one. Returns when `stop` is set.
-    Raises ConfigError, RunDirectoryError.
+    The checkpoints are fetched later, when the run starts. While the object store cannot be read, this waits
+    and retries: the mirror may hold a run, so the server must not start a new one. Returns early when `stop`
+    is set. Raises ConfigError or RunDirectoryError.
     """
     if (config.run.dir / JOURNAL_FILE).is_file():
         return
@@ -39,7 +39,7 @@ def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -
 
 
 def _report(run_dir: Path) -> None:
-    """Log to which point the run was restored, and what may be lost, as its status tells it."""
+    """Log how far the run was restored from its mirror, and what may be lost."""
     with contextlib.closing(Journal(run_dir)) as journal:
         state = journal.outbox.state()
     assert state is not None
@@ -48,6 +48,6 @@ def _report(run_dir: Path) -> None:
 
 
 def _wait(stop: threading.Event, failure: StoreError) -> bool:
-    """Wait before a call is retried; False if the server is stopping."""
-    log.error("%s; trying again", failure)
+    """Log a failed call and wait before it is retried. Returns False if the server is stopping."""
+    log.error("%s; retrying until the object store answers", failure)
     return not stop.wait(RETRY_SECONDS)

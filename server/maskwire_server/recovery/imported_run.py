@@ -1,7 +1,7 @@
 """A run that starts from imported weights.
 
-Its directory is created under another name and then renamed, so that an interrupted import is never served:
-the run would start from other weights.
+The run directory is written under a temporary name and then renamed, so that a server never starts from an
+interrupted import, whose run would begin with other weights.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def begin(
     labels: dict[str, str],
     texts: dict[str, str],
 ) -> CheckpointInfo:
-    """Create a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
+    """Create a run at step 0. Its first checkpoint, `imported`, is the state of the trainer from `factory`.
 
-    `texts` are files to write into the run directory. Retention never deletes the checkpoint: its weights
-    cannot be recreated from the seed. Raises RunDirectoryError when the directory is not empty
-    or cannot be written.
+    `texts` are the contents of further files in the run directory, by file name. Retention never deletes this
+    checkpoint, because its weights cannot be generated from the seed. Raises RunDirectoryError if the
+    directory is not empty, is the root of a volume, or cannot be written.
     """
     try:
         if run_dir.is_mount():  # a folder cannot be renamed to a mount point
             raise RunDirectoryError(
-                f"{run_dir} is the root of a volume, where no run can be imported; choose a folder in it, "
+                f"cannot import a run into {run_dir}: it is the root of a volume; choose a folder in it, "
                 f"for example --run-dir {run_dir / 'run'}"
             )
         if run_dir.exists() and any(run_dir.iterdir()):
-            raise RunDirectoryError(f"{run_dir} is not empty; choose another folder with --run-dir")
+            raise RunDirectoryError(f"{run_dir} is not empty; choose an empty or new folder with --run-dir")
         place = run_dir.absolute()
         draft = place.with_name(f"{place.name}.importing")
         if draft.exists():
@@ -76,7 +76,9 @@ def begin(
     except Refused as error:
         raise RunDirectoryError(f"{run_dir}: {error.message}") from error
     except OSError as error:
-        raise RunDirectoryError(f"{run_dir}: cannot be written ({error.strerror})") from error
+        raise RunDirectoryError(
+            f"{run_dir} cannot be written ({error.strerror}); check its permissions and the free disk space"
+        ) from error
     return info
 
 
@@ -103,7 +105,7 @@ def _write(
             save_id=provenance.new_save_id(),
         )
         info = Checkpoints(folder).write(trainer.snapshot(), manifest).info
-        # These weights cannot be recreated from the seed: the run must not start without this checkpoint.
+        # The seed cannot generate these weights: the run must not start without this checkpoint.
         journal.transaction(partial(_record, journal, manifest))
         return info
     finally:

@@ -1,4 +1,4 @@
-"""The initial weights of a run that has no intact checkpoint: made from its seed, or loaded again."""
+"""The initial weights of a run without an intact checkpoint, generated from its seed or loaded again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STARTED_FROM = "began_from"
 
 
 def recorded(journal: Journal) -> str | None:
-    """The SHA-256 of the run's initial weights; None if its seed makes them."""
+    """The recorded SHA-256 of initial weights that come from the model's source; None if there is none."""
     sha256 = json.loads(journal.fact("canonical"))["model"].get("weights_sha256")
     return sha256 or None
 
@@ -24,17 +24,21 @@ def come_from_seed(journal: Journal) -> bool:
 
 
 def require_source(journal: Journal) -> None:
-    """Raise RunDirectoryError if a run without an intact checkpoint cannot be computed from its beginning."""
+    """Raise RunDirectoryError if the run began from imported weights, which only a checkpoint contains."""
     started = journal.last_event(STARTED_FROM)
     if started is not None:
         raise RunDirectoryError(
-            f"the run began from checkpoint {started[1]['checkpoint']!r}, imported weights, and neither it "
-            "nor a later checkpoint is intact: restore the run directory from a copy, or import again"
+            f"the run began from imported weights in checkpoint {started[1]['checkpoint']!r}, and neither "
+            "this nor a later checkpoint is intact: restore the run directory from a copy, or import the "
+            "weights again into a new run"
         )
 
 
 def restore(journal: Journal, trainer: ReplayTrainer) -> None:
-    """Bring a new trainer to the run's initial weights. Raises RunDirectoryError if that is impossible."""
+    """Load the run's initial weights into a new trainer, which already has them if the seed makes them.
+
+    Raises RunDirectoryError if the weights cannot be obtained again.
+    """
     require_source(journal)
     sha256 = recorded(journal)
     if sha256 is None:
@@ -43,6 +47,6 @@ def restore(journal: Journal, trainer: ReplayTrainer) -> None:
     if found != sha256:
         raise RunDirectoryError(
             "no checkpoint is intact, and the model's source no longer gives the weights that the run began "
-            f"from: their SHA-256 is {found}, recorded is {sha256}; put the source back as it was, or "
-            "restore the run directory from a copy"
+            f"from: their SHA-256 is {found}, but {sha256} is recorded; restore the earlier files of the "
+            "source, or restore the run directory from a copy"
         )

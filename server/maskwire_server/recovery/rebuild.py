@@ -1,7 +1,7 @@
-"""The state of a run: its newest intact checkpoint is loaded, and the later steps are computed again.
+"""Rebuilds the state of a run: loads its newest intact checkpoint and computes the later steps again.
 
-`serve` and `replay` both use this. The recomputed losses must equal the recorded bytes, or lie within the
-tolerance where results are not reproducible.
+`serve` and `replay` both use this. The recomputed losses must equal the recorded losses byte for byte, or lie
+within the tolerance if results are not reproducible.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def rebuild(
     on_unusable_checkpoint: Callable[[str, str], None],
     tell: Callable[[str], None],
 ) -> Replayed:
-    """Bring the trainer to `last_step`, where the ancestry `segments` ends.
+    """Bring the trainer to the state after `last_step`, which is the last step of the ancestry `segments`.
 
-    `on_unusable_checkpoint` is called with the name of each unusable checkpoint and what is wrong with it,
-    `tell` with the progress. Raises RunDirectoryError.
+    `on_unusable_checkpoint` is called with the name of each unusable checkpoint and its problem. `tell` is
+    called with progress messages. Returns the outcome of the replay. Raises RunDirectoryError.
     """
     manifest, wrong = newest_verified(checkpoints, journal, segments, accept_lost=accept_lost)
     failpoints.passing("recovery.chosen")

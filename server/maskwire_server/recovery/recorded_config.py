@@ -1,4 +1,4 @@
-"""The configuration of a run that exists already."""
+"""Completes a configuration with the settings that an existing run recorded."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from maskwire_server.journal.run_directory import JOURNAL_FILE
 
 
 def of_run(config: Config, run_dir: Path) -> Config:
-    """Complete a configuration from the run in a directory; it is unchanged when there is no run.
+    """Complete a configuration with the settings of the run in `run_dir`. Without a run, return it unchanged.
 
-    Options of [model] and [objective] and the seed, if they are not set, come from the run's record: new
-    options, defaults and presets do not prevent a newer version from opening an older run. Raises
-    RunDirectoryError that names each option that is set and differs.
+    The seed and the options of [model] and [objective] that are not set come from the run's record, so that
+    a newer version with new options, defaults and presets can open an older run. Raises RunDirectoryError,
+    which names each option whose value differs from the record.
     """
     if not (run_dir / JOURNAL_FILE).is_file():
         return config
@@ -32,7 +32,7 @@ def of_run(config: Config, run_dir: Path) -> Config:
 
 
 def completed(config: Config, where: str, seed: int, canonical: bytes) -> Config:
-    """Complete a configuration with what a run recorded. `where` names the run. Raises RunDirectoryError."""
+    """Complete a configuration with a run's seed and options. `where` names the run if an error is raised."""
     try:
         return config.of_run(seed, canonical)
     except NewerRunError as error:

@@ -1,4 +1,4 @@
-"""Replay: recorded steps are read along the ancestry, computed again, and compared with their records."""
+"""Replay: computes the recorded steps of a run again and compares the results with the records."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ log = logging.getLogger(__name__)
 
 
 class InexactReplayError(RunDirectoryError):
-    """A recomputed step gave a result that differs from the acknowledged one."""
+    """A recomputed step gave a result that differs from the acknowledged result."""
 
 
 def recorded_version(journal: Journal) -> DigestVersion:
-    """The version of the run's digest; for a run without steps, where any will do, the first one."""
+    """The digest version that the run uses; the first version if the run has no steps yet."""
     return journal.digest_version() or DigestVersion(VERSIONS[0])
 
 
 def read_payload(record: StepRecord, encoded: bytes, version: DigestVersion) -> Payload:
-    """Decode a step's batch. Raises RunDirectoryError when it does not match the step's payload hash."""
+    """Decode a step's batch. Raises RunDirectoryError if it does not match the recorded payload hash."""
     try:
         payload = Payload.decode(encoded)
         whole = payload.hash(version) == record.payload_hash
-    except Exception:  # decoding damaged data can raise any of these
+    except Exception:  # decoding damaged data can raise any exception
         whole = False
     if not whole:
         raise damaged(f"the batch of step {record.step} (lineage {record.lineage})")
@@ -45,7 +45,11 @@ def read_payload(record: StepRecord, encoded: bytes, version: DigestVersion) -> 
 def steps_to_replay(
     journal: Journal, segments: list[Segment], start: tuple[int, int]
 ) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """The records after (lineage, step) along the ancestry; RunDirectoryError where the chain breaks."""
+    """Yield the records of the steps after `start` in the ancestry `segments`, with their encoded batches.
+
+    `start` is a lineage and a step. Raises RunDirectoryError where a record is missing or does not fit the
+    digest of the step before it.
+    """
     lineages = journal.lineages()
     began = False
     for segment in segments:
@@ -68,8 +72,8 @@ def steps_to_replay(
             yield record, payload
         if segment.through is not None and at < segment.through:
             raise RunDirectoryError(
-                f"journal: step {at + 1} (lineage {segment.lineage}), from which a later one descends, is "
-                "missing; restore the run directory from a copy"
+                f"journal: step {at + 1} (lineage {segment.lineage}) is missing, although later steps build "
+                "on it; restore the run directory from a copy"
             )
 
 
@@ -101,11 +105,11 @@ class Replayed:
     differing: int = 0
     """How many results differed from the recorded bytes."""
     beyond: list[int] = field(default_factory=list)
-    """The steps among these that no tolerance covers and that were accepted."""
+    """Those of the differing steps that exceeded the tolerance and were accepted all the same."""
     stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By lineage, the first and last step whose weights are close to the run's but not the same bytes."""
+    """By lineage, the first and last step after which the weights may differ from the run's."""
     accepted: bool = False
-    """Whether something that no tolerance covers was accepted."""
+    """Whether a difference beyond the tolerance, or a changed fingerprint, was accepted."""
     load_seconds: float = 0.0
     """The time to load the checkpoint from which the replay started."""
     seconds: float = 0.0
@@ -113,7 +117,7 @@ class Replayed:
 
     @property
     def inexact(self) -> list[InexactReplay]:
-        """The ranges in `stretches`, as they are recorded in the journal."""
+        """The ranges in `stretches`, in the form that the journal records."""
         return [InexactReplay(lineage, *steps, self.accepted) for lineage, steps in self.stretches.items()]
 
 
@@ -127,9 +131,10 @@ def replay(
 ) -> Replayed:
     """Compute recorded steps again, and compare each result with its record.
 
-    `tolerance` is called for each step with the learning rate of its batch; None requires the recorded bytes.
-    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the first step
-    that differs by more, unless `accept_inexact`, and always at a step with a different outcome.
+    `tolerance` is called for each computed step with the learning rate in its request. If it returns None,
+    the result must equal the recorded bytes. Skipped and failed steps changed nothing and are not computed.
+    Raises InexactReplayError at the first step with another outcome and, unless `accept_inexact` is set, at
+    the first step beyond the tolerance. Raises RunDirectoryError if a batch is missing or damaged.
     """
     done = Replayed()
     for record, payload in records:
@@ -138,9 +143,9 @@ def replay(
             continue
         if payload is None:
             raise RunDirectoryError(
-                f"journal: the batch of step {record.step} is not kept, and no complete checkpoint lies "
-                'between it and the step asked for: serve.keep_payloads = "all" keeps every batch; where a '
-                "checkpoint was damaged, restore the run directory from a copy"
+                f"journal: step {record.step} cannot be computed again: its batch was deleted, and no intact "
+                "checkpoint lies between it and the step to rebuild; restore the run directory from a copy "
+                'or, with `replay`, choose a later step. serve.keep_payloads = "all" keeps all new batches'
             )
         failpoints.passing("recovery.replaying")
         sent = read_payload(record, payload, version)
@@ -148,8 +153,8 @@ def replay(
         if outcome_differs(record, result):
             raise InexactReplayError(
                 f"step {record.step} was acknowledged as {record.outcome.name}, but recomputing it gave "
-                f"{result.outcome.name}. Start the server with the software, hardware and settings that "
-                "trained it"
+                f"{result.outcome.name}; start the server with the software, hardware and settings that the "
+                "step was trained with"
             )
         again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
         same, allowed = again.numbers() == record.numbers(), tolerance(sent.modes.learning_rate)
@@ -162,7 +167,7 @@ def replay(
             continue
         done.differing += 1
         if allowed is None:
-            problem: str | None = f"loss {result.losses.loss!r}, acknowledged was {record.losses.loss!r}"
+            problem: str | None = f"loss {result.losses.loss!r}, but {record.losses.loss!r} was acknowledged"
         else:
             problem = excess(record, result, allowed, sent.batch.tokens)
         if problem is None:
@@ -170,11 +175,12 @@ def replay(
         message = f"step {record.step} computed again gave {problem}"
         if not accept_inexact:
             raise InexactReplayError(
-                f"{message}: software, hardware, threads, configuration or checkpoint differ from when it "
-                "was trained; start with the same ones, or accept it once with --accept-inexact-replay"
+                f"{message}: the software, hardware, thread count, configuration or checkpoint has changed "
+                "since the step was trained; start with what it was trained with, or accept the difference "
+                "once with --accept-inexact-replay"
             )
         done.beyond.append(record.step)
-        log.warning("%s; accepted", message)
+        log.warning("%s; accepted, as --accept-inexact-replay is set", message)
     if done.differing > len(done.beyond):
         log.info(
             "recomputed steps that differ from the record, within the tolerance: %d",

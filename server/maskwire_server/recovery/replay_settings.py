@@ -1,4 +1,4 @@
-"""The settings that steps were trained with, applied again in their replay."""
+"""Applies the settings that a step was trained with before the step is computed again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from maskwire_server.recovery.tolerance import TOLERANCES, Tolerance, measured_s
 class ReplaySettings:
     """Configures the trainer with each step's recorded settings before the step is recomputed.
 
-    It also decides which steps must give the same bytes. Results may differ from the first step that (a) ran
-    in a non-reproducible configuration, (b) used another numerics version, or (c) was part of an inexact
-    replay. All later steps may differ too.
+    It also decides which results must equal the recorded bytes. A tolerance applies instead to a step, and to
+    all steps after it, if (a) the step's or the current configuration is not reproducible, (b) the step used
+    another numerics version, (c) the step was part of an inexact replay, or (d) a changed fingerprint was
+    accepted for the step.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class ReplaySettings:
         self._strict = strict
         self._inexact = tuple(inexact)
         self._close = self._drifted = False
-        self._steps = 0.0  # steps since exact equality stopped being required, in `measured_steps`
+        self._steps = 0.0  # steps since the first with a tolerance, in `measured_steps`
         self._rate = 0.0
         self._largest_scale = 1.0
         self._precision = "fp32"
@@ -72,8 +73,8 @@ class ReplaySettings:
         changed = [f"{key} was {was[key]!r}" for key in changed_fingerprints(was, self._settings)]
         if changed and self._strict:
             raise RunDirectoryError(
-                f"{_changed(record, ', '.join(changed))}; or accept a result that may differ, once, with "
-                "--accept-inexact-replay"
+                f"{_changed(record, ', '.join(changed))}. To accept that its result may differ, start once "
+                "with --accept-inexact-replay"
             )
         self.accepted = self.accepted or bool(changed)
         self._close = self._close or self.accepted
@@ -86,9 +87,10 @@ class ReplaySettings:
             raise RunDirectoryError(_changed(record, str(error))) from error
 
     def tolerance(self, learning_rate: float | None) -> Tolerance | None:
-        """The tolerance for the record that `apply` yielded last; None: its results must be equal.
+        """The tolerance for the record that `apply` yielded last; None if its results must be equal.
 
-        `learning_rate` is the step's own, if its request had one. Called once for each step.
+        `learning_rate` is the rate in the step's request; None if the request had none. Call this once per
+        step, because the drift grows with the number of calls.
         """
         if not self._close:
             return None
@@ -99,7 +101,7 @@ class ReplaySettings:
         return allowed
 
     def restore(self) -> None:
-        """Configure the trainer with the current settings."""
+        """Configure the trainer with the server's current settings again, after the replay."""
         self._use(trainer_settings(self._settings))
 
     def _use(self, wanted: tuple[dict[str, Any], int]) -> None:

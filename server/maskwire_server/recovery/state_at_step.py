@@ -34,11 +34,12 @@ def rewind(
     accept_inexact: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[CheckpointInfo, int]:
-    """Compute the current history up to a step, and write the state as a checkpoint in the folder `out`.
+    """Compute the current history up to `to_step`, and write the state to the folder `out` as a checkpoint.
 
-    Starts from the newest intact checkpoint at or before the step, or from the initial weights. The losses
-    must equal the recorded ones, or lie within the tolerance where results are not reproducible. Returns the
-    state's checkpoint, and how many recomputed steps differed. Raises RunDirectoryError.
+    Without `out`, nothing is written. Starts from the newest intact checkpoint at or before the step, or from
+    the initial weights. The losses must equal the recorded losses, or lie within the tolerance if results are
+    not reproducible. Returns the description of the checkpoint and the number of recomputed steps that
+    differed. Raises RunDirectoryError.
     """
     journal = boot.open_recorded(run_dir)
     try:
@@ -49,9 +50,11 @@ def rewind(
         segments = [*segments[: segments.index(last)], Segment(last.lineage, to_step)]
         digest = journal.digest_at(last.lineage, to_step)
         if digest is None:
-            raise RunDirectoryError(f"{run_dir}: there is no step {to_step} in the run's history")
+            raise RunDirectoryError(
+                f"{run_dir}: the run's history has no step {to_step}; choose an earlier step"
+            )
         if out is not None and out.exists():
-            raise RunDirectoryError(f"{out} exists; choose another folder with --out")
+            raise RunDirectoryError(f"{out} exists already; choose a new folder with --out")
         checkpoints = Checkpoints(run_dir)
         trainer = factory()
         threads = fingerprint.pinned_threads(journal)

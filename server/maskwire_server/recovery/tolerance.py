@@ -1,8 +1,8 @@
-"""Tolerances of replay, for environments where results are not reproducible.
+"""The tolerances of a replay in environments where results are not reproducible.
 
-The tolerances are 1.3 to 4.6 times the largest drift measured over 3,000 replayed steps: a checkpoint
-interval of 300 seconds at 10 steps per second. docs/durability.md has the measurement, and the command
-that repeats it.
+The tolerances are 1.3 to 4.6 times the largest drift measured over 3,000 replayed steps, the number of steps
+in a checkpoint interval of 300 seconds at 10 steps per second. docs/durability.md has the measurement and
+the command that repeats it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from maskwire_server.results import StepResult
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The largest relative differences that rounding explains."""
+    """The largest relative differences between a record and its recomputation that rounding can explain."""
 
     generator_loss: float
     critic_loss: float
     gradient_norm: float
 
     def after(self, steps: float) -> Tolerance:
-        """The tolerance after this many `measured_steps` were computed again.
+        """The tolerance for the next step after `steps` steps, counted in `measured_steps`, were recomputed.
 
-        Drift grows with the number of steps, while a wrong checkpoint or seed shows at once.
+        It grows with `steps`, as the drift from rounding does. A wrong checkpoint or seed causes a large
+        difference at the first step, where only 5 % of the full tolerance is allowed.
         """
         share = min(1.0, (_AT_ONCE + steps) / _REACHED)
         return Tolerance(share * self.generator_loss, share * self.critic_loss, share * self.gradient_norm)
@@ -35,9 +36,10 @@ _MEASURED_RATE = 1e-3  # the learning rate that the drift was measured at
 
 
 def measured_steps(learning_rate: float) -> float:
-    """How many steps at the measured learning rate drift as far as one step at this rate; at least 1.
+    """The number of steps at a learning rate of 1e-3 that drift as far as one step at `learning_rate`.
 
-    A step moves the weights, and amplifies rounding, in proportion to its learning rate.
+    At least 1. The drift was measured at 1e-3. A step changes the weights, and amplifies rounding errors, in
+    proportion to its learning rate.
     """
     return max(1.0, learning_rate / _MEASURED_RATE)
 
@@ -50,29 +52,30 @@ TOLERANCES = {
 """The full tolerance, by the precision in the fingerprint."""
 
 SMALL = 0.1
-"""Losses below this are compared absolutely."""
+"""A smaller loss or norm may differ by as much as a loss or norm of this value."""
 _FLIP = 4.0
-"""The most that one sampled token, changed by rounding, changes the critic's loss, times the positions.
+"""The largest change of the critic's loss by one sampled token that rounding changed, times the positions.
 
-In nats; the positions are those of the batch.
+The unit is nats. The positions are those of the batch.
 """
 _NORM_FLIP = 16.0
-"""The most that changed tokens change the gradient norm, as a share of it, times the batch's positions.
+"""The largest relative change of the gradient norm by changed tokens, times the batch's positions.
 
-Measured: 11.2, at ten times the learning rate, where the other tokens are learned and add little to the norm.
+11.2 was measured, at ten times the learning rate, where the model predicts the other tokens well and they add
+little to the norm.
 """
 
 
 def outcome_differs(record: StepRecord, result: StepResult) -> bool:
-    """Whether the step had another outcome: no tolerance covers that."""
+    """Whether a recomputed step has another outcome than its record, which no tolerance allows."""
     return result.outcome is not record.outcome
 
 
 def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens: int) -> str | None:
-    """The first number that differs from the record by more than the tolerance; None: none does.
+    """Describe the first number that differs from the record by more than the tolerance; None if none does.
 
-    A critic's inputs are sampled from the generator, and one token that rounding changes weighs more in a
-    smaller batch: `tokens` is the number of positions in the batch.
+    `tokens` is the number of positions in the batch. The critic's inputs are sampled from the generator, and
+    a sampled token that rounding changed has more weight in a smaller batch.
     """
     was, now = record.losses, result.losses
     flip, norm_flip = 0.0, 0.0
@@ -92,5 +95,5 @@ def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens:
             allowed = relative * max(abs(recorded), SMALL) + absolute
             if abs(recorded - computed) <= allowed:  # False if a number is not finite
                 continue
-        return f"{name} {computed!r}, acknowledged was {recorded!r}, beyond the tolerance of {relative:g}"
+        return f"{name} {computed!r}, but {recorded!r} was acknowledged (relative tolerance {relative:g})"
     return None

@@ -18,19 +18,19 @@ class ReplayTrainer(Protocol):
         """Versions and settings that results depend on, apart from the configuration."""
 
     def begin(self) -> str:
-        """Load the initial weights. Returns their SHA-256; "" if the seed makes them."""
+        """Load the initial weights. Returns their SHA-256, or "" if they are generated from the seed."""
 
     def use_threads(self, count: int) -> None:
-        """Compute with this many threads."""
+        """Compute with `count` CPU threads from now on."""
 
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Continue under another [optimizer] section and numerics version. Raises ValueError if it cannot."""
+        """Use another [optimizer] section and numerics version. Raises ValueError if it cannot use them."""
 
     def load(self, folder: Path) -> None:
-        """Load the state of a checkpoint. Raises ValueError if it does not fit."""
+        """Load the state of a checkpoint. Raises ValueError if it does not fit the configuration."""
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        """Apply one step."""
+        """Compute one training step and update the weights."""
 
     def snapshot(self) -> Snapshot:
-        """Copy the state to host memory."""
+        """Return a copy of the state in host memory."""

@@ -1,11 +1,11 @@
 """Verification and inspection of a run directory, without a device.
 
-    verify    every record's hash, the digest chain of every lineage, each batch that is kept, the
+    verify    checks every record's hash, the digest chain of every lineage, each stored batch, and the
               files of each checkpoint
-    inspect   one step: its batch, outcome, losses and gradient norm
+    inspect   reads one step: its batch, outcome, losses and gradient norm
 
-Nothing is changed, except that SQLite merges its write-ahead log into the database and that a journal of
-an older format is migrated, as a server's start would do.
+Neither changes the run, except that SQLite merges its write-ahead log into the database, and that a journal
+of an older format is migrated, as at the start of a server.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from maskwire_server.results import CheckpointInfo
 
 @dataclass
 class Audit:
-    """What `verify` found."""
+    """The findings of `verify`."""
 
     run_id: str = ""
     lineage: int = 0
@@ -46,23 +46,25 @@ class Audit:
     lineages: int = 0
     steps: int = 0
     batches: int = 0
-    """Steps whose batch is kept."""
+    """The number of steps whose batch is stored."""
     checkpoints: list[str] = field(default_factory=list)
-    """The intact ones, newest first."""
+    """The names of the intact checkpoints, newest first."""
     inexact_replays: list[InexactReplay] = field(default_factory=list)
-    """Steps that a start recomputed, but not to the recorded bytes."""
+    """Steps that a server recomputed at its start, with results that may differ from the recorded bytes."""
     problems: list[str] = field(default_factory=list)
 
 
 def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit:
-    """Check everything that can be checked without computing. Raises RunDirectoryError if there is no run."""
+    """Check a run without computing steps. Raises RunDirectoryError if the directory holds no run."""
     journal = open_recorded(run_dir)
     try:
         with explained(run_dir):
             audit = Audit(run_id=journal.fact("run_id"))
             lineages = journal.lineages()
         if not lineages:
-            raise RunDirectoryError(f"{run_dir}: the journal has no history; restore it from a copy")
+            raise RunDirectoryError(
+                f"{run_dir}: the journal has no history; restore the run directory from a copy"
+            )
         at = {}
         for lineage in lineages.values():
             with _noted(audit, run_dir):
@@ -100,7 +102,7 @@ def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineag
 
 @contextlib.contextmanager
 def _noted(audit: Audit, run_dir: Path) -> Iterator[None]:
-    """Add what cannot be read to the problems, and continue."""
+    """A context manager that adds a RunDirectoryError of its body to the problems of the audit."""
     try:
         with explained(run_dir):
             yield
@@ -160,7 +162,7 @@ def _verify_checkpoints(
 def _verify_recovery(
     journal: Journal, checkpoints: Checkpoints, lineages: dict[int, Lineage], audit: Audit
 ) -> None:
-    """Check that the steps after the newest intact checkpoints of the ancestry have their batches."""
+    """Check that the batches of all steps after the newest intact checkpoints are stored, for a recovery."""
     segments = ancestry(lineages, max(lineages))
     whole = set(audit.checkpoints)
     path = [m.info for m in on_path(checkpoints.all(), segments) if m.info.name in whole]
@@ -186,13 +188,13 @@ class Inspected:
 
     record: StepRecord
     payload: Payload | None
-    """None when checkpoints cover the step and its batch was dropped."""
+    """None if the batch was deleted because checkpoints cover the step."""
     settings: dict[str, Any]
-    """What its result depends on besides model, objective and seed."""
+    """The settings that the step's result depends on, besides model, objective and seed."""
 
 
 def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
-    """A step of the current history, or of the given lineage. Raises RunDirectoryError."""
+    """Read a step of the given lineage or, without one, of the current history. Raises RunDirectoryError."""
     journal = open_recorded(run_dir)
     try:
         lineages = journal.lineages()
@@ -202,7 +204,7 @@ def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
         if record is None:
             last = journal.last_step(max(lineages))
             raise RunDirectoryError(
-                f"{run_dir}: there is no step {step} (lineage {lineage}); the last is "
+                f"{run_dir}: there is no step {step} (lineage {lineage}); the run's last step is "
                 f"{last.step if last else lineages[max(lineages)].step} (lineage {max(lineages)})"
             )
         payload = next((p for r, p in journal.steps_after(lineage, step - 1) if r.step == step), None)

@@ -1,1 +1,1 @@
-"""The gRPC service: server, access control, requests, answers and errors on the wire."""
+"""The gRPC service: the server, access control, and the encoding of requests, answers and errors."""

@@ -1,4 +1,4 @@
-"""Access control: TLS certificates, and bearer tokens with roles, checked before reading a request's body."""
+"""Access control by TLS certificates and bearer tokens, checked before a request's body is read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SERVICE = "/maskwire.v1.TrainingService/"
 
 
 class Role(enum.IntEnum):
-    """What a token permits. Each role permits what the roles before it permit."""
+    """What a token permits. Each role also permits everything that the roles listed before it permit."""
 
     READ = 1
     TRAIN = 2
@@ -61,11 +61,11 @@ class Token:
     """The SHA-256 of the token."""
     role: Role
     expires: float | None
-    """Seconds since the epoch; None: never."""
+    """When the token expires, in seconds since the Unix epoch; None: never."""
 
 
 class TokenInterceptor(grpc.ServerInterceptor):
-    """Rejects calls without a valid token, even to health and reflection, which accept large bodies too.
+    """Rejects calls without a valid token, also calls of health and reflection, whose bodies can be large.
 
     A rejected call gets a streaming handler that never reads the body. Rejecting a request of 64 MiB takes
     38 MiB of memory this way, and 227 MiB with a unary handler.
@@ -84,7 +84,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
         self._publish = publish
 
     def replace(self, tokens: list[Token]) -> None:
-        """Check new calls against these tokens from now on."""
+        """Check calls that arrive from now on against `tokens` only."""
         self._tokens = tokens
 
     def intercept_service(
@@ -92,7 +92,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """See `grpc.ServerInterceptor`."""
+        """Reject the call unless its token is valid and has the role that the method requires."""
         try:
             self._check(handler_call_details.method, handler_call_details.invocation_metadata)
         except Refused as refusal:
@@ -108,7 +108,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
         if not token:
             raise Refused(
                 "UNAUTHENTICATED",
-                "this server requires one 'authorization: Bearer TOKEN' in the call's metadata",
+                "this server requires a token: send exactly one 'authorization: Bearer TOKEN' as metadata",
             )
         found = self._find(token)
         if found is None:
@@ -118,8 +118,8 @@ class TokenInterceptor(grpc.ServerInterceptor):
         if found.role < required:
             raise Refused(
                 "PERMISSION_DENIED",
-                f"{method.rpartition('/')[2]} requires a token of role {required.name.lower()}, and this one "
-                f"has role {found.role.name.lower()}; use another token",
+                f"{method.rpartition('/')[2]} requires a token of role {required.name.lower()}, but this "
+                f"token has role {found.role.name.lower()}; use another token",
                 role=found.role.name.lower(),
                 needed_role=required.name.lower(),
             )
@@ -134,7 +134,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
 
 
 def _bearer_token(metadata: Any) -> str:
-    """The token of the only authorization header, however the header is spelled; empty if there is none."""
+    """The bearer token of the call's authorization header; empty unless there is exactly one such header."""
     headers = [value for key, value in metadata or () if key == "authorization"]
     scheme, _, token = (str(headers[0]) if len(headers) == 1 else "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
@@ -148,10 +148,10 @@ def _rejecting_handler(refusal: Refused) -> grpc.RpcMethodHandler[Any, Any]:
 
 
 def caller(context: grpc.ServicerContext, *, has_tokens: bool) -> str:
-    """A name derived from the call's credential, which it does not reveal; empty if the call has none.
+    """A name for the call's credential that does not reveal the credential; empty if the call has none.
 
-    The credential is the token with `has_tokens`, and the client certificate without, because then the
-    header is not checked.
+    The credential is the bearer token if the server `has_tokens`. Otherwise it is the client certificate,
+    because such a server does not check tokens.
     """
     secret = b"\0".join(context.peer_identities() or ())
     if has_tokens:
@@ -160,7 +160,7 @@ def caller(context: grpc.ServicerContext, *, has_tokens: bool) -> str:
 
 
 def read_tokens(config: ServeConfig) -> list[Token]:
-    """The tokens in the configured files; empty if no file is configured. Raises ConfigError."""
+    """Read the tokens in the configured files; empty if no file is configured. Raises ConfigError."""
     tokens: dict[bytes, Token] = {}
     for role in Role:
         name = f"token_{role.name.lower()}_file"
@@ -170,15 +170,15 @@ def read_tokens(config: ServeConfig) -> list[Token]:
         for token in _read_tokens(f"serve.{name}", path, role):
             if token.digest in tokens:
                 raise ConfigError(
-                    f"serve.{name}: a token in {path} is listed twice, in this or another file; list each "
-                    "token once"
+                    f"serve.{name}: a token in {path} is listed twice, in this or another token file; list "
+                    "each token once"
                 )
             tokens[token.digest] = token
     return list(tokens.values())
 
 
 def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
-    """The tokens of a file: one per line, optionally followed by an expiry time; # starts a comment."""
+    """Read a file of tokens: one per line, optionally followed by an expiry time; # starts a comment."""
     tokens = []
     for number, line in enumerate(_read(name, path).decode("ascii", "replace").splitlines(), 1):
         words = line.partition("#")[0].split()
@@ -202,18 +202,18 @@ def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
             expires = expiry.replace(tzinfo=expiry.tzinfo or UTC).timestamp()
         tokens.append(Token(hashlib.sha256(words[0].encode()).digest(), role, expires))
     if not tokens:
-        raise ConfigError(f"{name}: {path} contains no token; write one per line, or leave the setting out")
+        raise ConfigError(f"{name}: {path} contains no token; write one per line, or remove the setting")
     return tokens
 
 
 def read_certificates(config: ServeConfig) -> grpc.ServerCertificateConfiguration | None:
-    """The configured certificates; None for plaintext. Raises ConfigError for invalid files."""
+    """Read the configured certificates; None if none are configured. Raises ConfigError for invalid files."""
     if config.tls_certificate is None or config.tls_key is None:
         return None
     certificate = _read("serve.tls_certificate", config.tls_certificate)
     key = _read("serve.tls_key", config.tls_key)
     authority = None
-    # Load the files with OpenSSL first: it says what is wrong with them, and gRPC would only fail to listen.
+    # Load the files with OpenSSL first: its error says what is wrong, whereas gRPC would only fail to listen.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(config.tls_certificate, config.tls_key, password="")
@@ -238,4 +238,6 @@ def _read(name: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{name}: {path} cannot be read ({error.strerror})") from None
+        raise ConfigError(
+            f"{name}: {path} cannot be read ({error.strerror}); correct the path or its permissions"
+        ) from None

@@ -1,4 +1,4 @@
-"""Publishes the end of each call: method, status code, reason and duration."""
+"""Publishes an event at the end of each call, with its method, status code, reason and duration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _numbers = itertools.count(1)
 def observed(
     method: Callable[..., Any], name: str, publish: Publish, *, streams: bool
 ) -> Callable[[Any, grpc.ServicerContext], Any]:
-    """Wrap a method, so that the end of each call is published.
+    """Wrap a method of the service so that an event is published at the end of each call.
 
     While a unary method runs, `call_context.current` holds its call.
     """
@@ -70,7 +70,7 @@ def observed(
 
 
 def rejected(method: str, refusal: Refused) -> CallEnded:
-    """The end of a call that was rejected before its request was read."""
+    """The event for the end of a call that was rejected before its request was read."""
     service, _, name = method.rpartition("/")
     known = name in _METHODS and service.endswith("TrainingService")
     return CallEnded(
@@ -85,13 +85,13 @@ def _call(request: Any) -> CallContext:
 
 
 def _refused(name: str, call: CallContext, began: float, context: Any) -> CallEnded:
-    """The end of a call whose status the handler has set."""
+    """The event for the end of a call whose error status the handler has set."""
     code = context.code() or grpc.StatusCode.UNKNOWN
     return _ended(name, code.name, _reason(context), call, began, context)
 
 
 def _reason(context: Any) -> str:
-    """The reason in the status details."""
+    """The reason in the call's status details; empty if they contain none."""
     for key, value in context.trailing_metadata() or ():
         if key == _STATUS_DETAILS:
             info = error_details_pb2.ErrorInfo()

@@ -1,4 +1,4 @@
-"""Bounds on how many calls of one kind run at the same time, and on how much of the time."""
+"""Limits on how many calls of one kind run at a time, and on the share of time that they take."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class ConcurrencyLimit:
     """A context manager for calls that occupy a worker for a long time; a call over the limit is refused."""
 
     def __init__(self, limit: int, calls: str) -> None:
-        """`calls` names the calls in the error message, in the plural."""
+        """`limit` is the number of calls at a time. `calls` is their plural name, for the error message."""
         self._limit = limit
         self._calls = calls
         self._slots = threading.Semaphore(limit)
 
     def __enter__(self) -> None:
-        """Take a slot. Raises Refused with QUEUE_FULL if all are taken."""
+        """Take a slot. Raises Refused with the reason QUEUE_FULL if all slots are taken."""
         if not self._slots.acquire(blocking=False):
             raise Refused(
                 "QUEUE_FULL",
@@ -34,9 +34,9 @@ class ConcurrencyLimit:
 
 
 class Turns:
-    """A context manager for calls that take time from training: one at a time, at most half of the time.
+    """A context manager that runs calls one at a time, and leaves at least half of the time to training.
 
-    A call begins when the one before it has ended for as long as that one took from training.
+    After a call that took t seconds from training, the next call begins at least t seconds later.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class Turns:
         self._next = clock()
 
     def __enter__(self) -> Self:
-        """Wait for the turn."""
+        """Wait until this call may begin."""
         self._turn.acquire()
         self._sleep(max(0.0, self._next - self._clock()))
         return self
 
     def took(self, seconds: float) -> None:
-        """Note how long the call took from training, without its wait for the disk or the mirror."""
+        """Record how long the call held up training, without its own wait for the disk or the mirror."""
         self._next = self._clock() + seconds
 
     def __exit__(self, *_: object) -> None:
-        """End the turn."""
+        """End this call, so that the next call may begin."""
         self._turn.release()

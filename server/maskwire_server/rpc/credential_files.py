@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHECK_SECONDS = 60.0
-"""How often the files' modification times are compared."""
+"""How often the files are checked for changes."""
 
 _Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class CredentialFiles:
-    """The current content of the files. `refresh` is called by one thread, `_changed` by gRPC's threads."""
+    """The current certificates and tokens. One thread calls `refresh`; gRPC's threads call `_changed`."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class CredentialFiles:
         clock: Callable[[], float] = time.monotonic,
         publish: Publish = lambda _: None,
     ) -> None:
-        """Read the files. `publish` is called with each call that is rejected. Raises ConfigError."""
+        """Read the files. `publish` receives an event for each rejected call. Raises ConfigError."""
         self._clock = clock
         self._checked = clock()
         self._certificates = _Files(config.certificate_files, lambda: auth.read_certificates(config))
@@ -54,14 +54,14 @@ class CredentialFiles:
             )
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
-        """Credentials that always use the current certificates; None for plaintext."""
+        """gRPC credentials that always use the current certificates; None if the server uses no TLS."""
         if self._served is None:
             return None
         changed: Any = self._changed  # Any, because grpc's stubs do not allow it to return None
         return grpc.dynamic_ssl_server_credentials(self._served, changed, self._requires_client)
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """New certificates, or None if they have not changed. gRPC calls this before each TLS handshake."""
+        """The certificates if they have changed, else None. gRPC calls this before each TLS handshake."""
         content = self._certificates.content
         if content is self._served:
             return None
@@ -69,7 +69,7 @@ class CredentialFiles:
         return content
 
     def refresh(self, *, now: bool = False) -> None:
-        """Read the files that have changed, at most once per CHECK_SECONDS; `now`: all files, immediately."""
+        """Read changed files, at most once per CHECK_SECONDS. With `now`, read all files immediately."""
         if not now and self._clock() - self._checked < CHECK_SECONDS:
             return
         self._checked = self._clock()
@@ -106,7 +106,7 @@ class _Files(Generic[T]):
         return True
 
     def _sign(self) -> _Signature:
-        """Time, size and inode of each file: a file that replaces another one may have the same time."""
+        """The time, size and inode of each file. The time alone may stay the same when a file is replaced."""
         return tuple(_sign(path) for path in self._paths)
 
 

@@ -1,7 +1,7 @@
-"""Decodes requests: from the proto's messages to the engine's values.
+"""Decodes and checks requests: from the proto's messages to the engine's values.
 
 Every field is checked here, before the request reaches the engine. A refusal names the field, its value
-and what would be right.
+and the valid values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_LABELS, MAX_LABEL = 32, 256
 
 
 def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> StepRequest:
-    """A TrainStep request, checked."""
+    """Decode and check a TrainStep request. Raises Refused."""
     _check_modes(request, info)
     rate = request.learning_rate if request.HasField("learning_rate") else None
     if rate is not None and not (math.isfinite(rate) and rate >= 0):
@@ -48,7 +48,7 @@ def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> 
         rate += 0.0  # turns -0.0 into 0.0, so that both are hashed and journalled alike
     step = request.step if request.HasField("step") else None
     if step is not None and not 1 <= step < 2**62:
-        raise invalid_field("step", f"step must be at least 1, got {step}: steps count from 1", value=step)
+        raise invalid_field("step", f"step must be at least 1 and below 2^62, got {step}", value=step)
     modes = Modes(
         request.only_train_generator,
         request.only_train_critic,
@@ -66,16 +66,16 @@ def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> 
 
 
 def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> EvalRequest:
-    """An EvalLoss request, checked."""
+    """Decode and check an EvalLoss request. Raises Refused."""
     _check_modes(request, info)
     if request.estimator not in pb.Estimator.values():
-        raise invalid_field("estimator", f"estimator must be one of Estimator, got {request.estimator}")
+        raise invalid_field("estimator", f"estimator must be a value of Estimator, got {request.estimator}")
     default_draws = min(DEFAULT_DRAWS, limits.max_draws)
     if not 0 <= request.draws <= limits.max_draws:
         raise invalid_field(
             "draws",
-            f"draws must be 1 to {limits.max_draws} (serve.max_draws), or 0 for {default_draws}, "
-            f"got {request.draws}",
+            f"draws must be 1 to {limits.max_draws} (serve.max_draws), or 0 for the default of "
+            f"{default_draws}, got {request.draws}",
             draws=request.draws,
             max_draws=limits.max_draws,
         )
@@ -86,7 +86,7 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
         each = "row" if batch.segment_ids is None else "segment"
         raise invalid_field(
             "row_ids",
-            f"row_ids must have one id per {each}, {batch.sequences}, or none, got {len(request.row_ids)}",
+            f"row_ids must have one id per {each} ({batch.sequences}) or none, got {len(request.row_ids)}",
         )
     text_bytes = request.text_bytes if request.HasField("text_bytes") else None
     if text_bytes is not None and text_bytes < 1:
@@ -113,25 +113,25 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
 def _check_chain(request: pb.EvalLossRequest, *, chain_rule: bool) -> None:
     order = request.chain_order
     if order not in pb.ChainOrder.values():
-        raise invalid_field("chain_order", f"chain_order must be one of ChainOrder, got {order}")
+        raise invalid_field("chain_order", f"chain_order must be a value of ChainOrder, got {order}")
     if not chain_rule:
         if order != pb.CHAIN_ORDER_UNSPECIFIED:
             raise invalid_field(
                 "chain_order",
                 f"chain_order needs ESTIMATOR_CHAIN_RULE, got {pb.ChainOrder.Name(order)} with another "
-                "estimator; leave chain_order out",
+                "estimator; use this estimator, or leave chain_order out",
             )
         return
     if request.only_train_critic:
         raise invalid_field(
             "only_train_critic",
-            "only_train_critic does not apply to the chain rule, which has no critic; leave it out",
+            "only_train_critic must not be set with ESTIMATOR_CHAIN_RULE, which uses no critic; leave it out",
         )
     if order != pb.CHAIN_ORDER_RANDOM and request.draws > 1:
         raise invalid_field(
             "draws",
-            f"draws must be 0 or 1 with CHAIN_ORDER_LEFT_TO_RIGHT (there is only one such order), got "
-            f"{request.draws}; use CHAIN_ORDER_RANDOM for several draws",
+            f"draws must be 0 or 1 for the left-to-right order (there is only one such order), got "
+            f"{request.draws}; set chain_order to CHAIN_ORDER_RANDOM for several draws",
         )
 
 
@@ -169,18 +169,18 @@ def _check_work(
 
 
 def read_session(session: pb.SessionRef) -> SessionRef:
-    """The session that a request names."""
+    """Decode the session that a request names."""
     return SessionRef(session.run_id, session.lineage, session.epoch)
 
 
 def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
-    """An OpenSession request, checked."""
+    """Decode and check an OpenSession request. Raises Refused."""
     history = None
     if request.HasField("history"):
         sent = request.history
         if len(sent.digest) != 32:
             raise invalid_field(
-                "history.digest", f"history.digest must have 32 bytes, got {len(sent.digest)}"
+                "history.digest", f"history.digest must have 32 bytes, got {len(sent.digest)} bytes"
             )
         history = HistoryPosition(sent.run_id, sent.lineage, sent.step, sent.digest)
     if request.evaluated_step < 0:
@@ -204,7 +204,7 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
 
 
 def read_tokenizer(request: pb.KeepTokenizerRequest) -> TokenizerDescription:
-    """A KeepTokenizer request, checked."""
+    """Decode and check a KeepTokenizer request. Raises Refused."""
     sent = request.tokenizer
     for name in ("document_start", "document_end"):
         count = len(getattr(sent, name))
@@ -221,7 +221,7 @@ def read_tokenizer(request: pb.KeepTokenizerRequest) -> TokenizerDescription:
 
 
 def _digest_versions(sent: Sequence[int]) -> tuple[int, ...]:
-    # Version 0.1 of the client sends none, and supports digest version 1 only.
+    # Version 0.1 of the client sends no versions, and supports digest version 1 only.
     if len(sent) > MAX_DIGEST_VERSIONS:
         raise invalid_field(
             "digest_versions",
@@ -248,7 +248,7 @@ def _read_fingerprint(sent: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_save(request: pb.CheckpointRequest) -> SaveRequest:
-    """A Checkpoint request, checked."""
+    """Decode and check a Checkpoint request. Raises Refused."""
     if len(request.labels) > MAX_LABELS:
         raise invalid_field(
             "labels", f"labels must have at most {MAX_LABELS} entries, got {len(request.labels)}"
@@ -280,7 +280,7 @@ def read_save(request: pb.CheckpointRequest) -> SaveRequest:
 
 
 def read_restore(request: pb.RestoreCheckpointRequest) -> RestoreRequest:
-    """A RestoreCheckpoint request, checked."""
+    """Decode and check a RestoreCheckpoint request. Raises Refused."""
     return RestoreRequest(
         name=read_checkpoint_name(request.name),
         request_id=_name("request_id", request.request_id),
@@ -290,11 +290,11 @@ def read_restore(request: pb.RestoreCheckpointRequest) -> RestoreRequest:
 
 
 def read_download(request: pb.DownloadCheckpointRequest) -> DownloadRequest:
-    """A DownloadCheckpoint request, checked."""
+    """Decode and check a DownloadCheckpoint request. Raises Refused."""
     if request.offset_bytes < 0 or (request.offset_bytes and not request.file):
         raise invalid_field(
             "offset_bytes",
-            f"offset_bytes must be at least 0, and 0 without a file, got {request.offset_bytes}",
+            f"offset_bytes must be at least 0, or exactly 0 if file is not set, got {request.offset_bytes}",
         )
     return DownloadRequest(
         name=read_checkpoint_name(request.name),
@@ -340,7 +340,7 @@ def _name(field: str, value: str, *, required: bool = False) -> str | None:
 
 
 def read_checkpoint_name(value: str) -> str:
-    """A checkpoint's name, checked."""
+    """Check the name of a checkpoint and return it. Raises Refused."""
     if CHECKPOINT_NAME.fullmatch(value) is None:
         raise invalid_field(
             "name",

@@ -22,12 +22,12 @@ from maskwire_server.session_holder import Holder
 
 
 def losses(value: Losses) -> pb.Losses:
-    """The losses; those that are None stay unset."""
+    """Encode losses. The field of a loss that is None stays unset."""
     return pb.Losses(loss=value.loss, generator_loss=value.generator_loss, critic_loss=value.critic_loss)
 
 
 def step(value: StepAnswer) -> pb.TrainStepResponse:
-    """The answer to a step."""
+    """Encode the answer to TrainStep."""
     result = value.result
     return pb.TrainStepResponse(
         step=value.step,
@@ -48,7 +48,7 @@ def step(value: StepAnswer) -> pb.TrainStepResponse:
 
 
 def evaluation(value: EvalAnswer) -> pb.EvalLossResponse:
-    """The answer to an evaluation."""
+    """Encode the answer to EvalLoss."""
     result = value.result
     return pb.EvalLossResponse(
         losses=losses(result.losses),
@@ -89,7 +89,7 @@ def evaluation(value: EvalAnswer) -> pb.EvalLossResponse:
 
 
 def tokenizer(value: TokenizerDescription | None) -> pb.GetTokenizerResponse:
-    """The tokenizer that the run keeps."""
+    """Encode the tokenizer stored with the run as the answer to GetTokenizer; empty for None."""
     if value is None:
         return pb.GetTokenizerResponse()
     return pb.GetTokenizerResponse(tokenizer=pb.Tokenizer(**vars(value)))
@@ -98,7 +98,7 @@ def tokenizer(value: TokenizerDescription | None) -> pb.GetTokenizerResponse:
 def session(
     value: SessionAnswer, info: ModelInfo, bounds: Limits, kept_tokenizer_digest: str
 ) -> pb.OpenSessionResponse:
-    """The answer to OpenSession."""
+    """Encode the answer to OpenSession."""
     return pb.OpenSessionResponse(
         session=pb.SessionRef(run_id=value.run_id, lineage=value.lineage, epoch=value.epoch),
         step=value.step,
@@ -131,17 +131,17 @@ def _inexact_replay(replay: InexactReplay) -> pb.InexactReplay:
 
 
 def model(info: ModelInfo) -> pb.ModelInfo:
-    """The served model."""
+    """Encode the description of the served model."""
     return pb.ModelInfo(**vars(info))
 
 
 def limits(bounds: Limits) -> pb.Limits:
-    """The limits on one request."""
+    """Encode the limits on one request."""
     return pb.Limits(**vars(bounds))
 
 
 def checkpoint(info: CheckpointInfo) -> pb.CheckpointInfo:
-    """A complete checkpoint."""
+    """Encode the description of a complete checkpoint."""
     answer = pb.CheckpointInfo(
         name=info.name,
         lineage=info.lineage,
@@ -161,19 +161,19 @@ def _file(info: FileInfo) -> pb.CheckpointFile:
 
 
 def chunk(value: Chunk) -> pb.DownloadCheckpointResponse:
-    """A part of a checkpoint's file."""
+    """Encode a part of a checkpoint's file, with its CRC-32, as an answer to DownloadCheckpoint."""
     return pb.DownloadCheckpointResponse(
         file=_file(value.file), offset_bytes=value.offset, data=value.data, crc32=zlib.crc32(value.data)
     )
 
 
 def restore(value: RestoreResult) -> pb.RestoreCheckpointResponse:
-    """The run's position after a restore."""
+    """Encode the run's position after a restore as the answer to RestoreCheckpoint."""
     return pb.RestoreCheckpointResponse(lineage=value.lineage, step=value.step, digest=value.digest)
 
 
 def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResponse:
-    """Encode a status report. `started` is the server's start time, from time.monotonic()."""
+    """Encode the answer to GetStatus. `started` is the server's start time, from time.monotonic()."""
     answer = pb.GetStatusResponse(
         state=pb.RunState.Name(value.state),
         waiting_for=value.waiting_for,

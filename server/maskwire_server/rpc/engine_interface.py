@@ -30,10 +30,10 @@ from maskwire_server.step_listing import StepsPage, StepsRequest
 
 
 class GenerationInterface(Protocol):
-    """A running generation; iterate over it for the answers."""
+    """A running generation. Iterating over it yields its answers."""
 
     def __iter__(self) -> Iterator[GenerateAnswer]:
-        """The answers, up to the last one. Raises Refused, or CancelledError after `cancel`."""
+        """Yield the answers of the generation. Raises Refused, or CancelledError after `cancel`."""
 
     def cancel(self) -> None:
         """Stop the generation, for example because the client disconnected."""
@@ -47,10 +47,10 @@ class Tokenizer(Protocol):
         """The digest of the stored tokenizer; empty if none is stored."""
 
     def keep(self, given: TokenizerDescription) -> None:
-        """Store the tokenizer with the run. Raises Refused unless the run uses it."""
+        """Store a tokenizer with the run. Raises Refused unless it is the tokenizer that the run uses."""
 
     def of_run(self) -> TokenizerDescription | None:
-        """The stored tokenizer; None if there is none, or if the run uses another one."""
+        """The tokenizer stored with the run; None if none is stored, or if the run uses another tokenizer."""
 
 
 class EngineInterface(Protocol):
@@ -58,7 +58,7 @@ class EngineInterface(Protocol):
 
     @property
     def info(self) -> ModelInfo | None:
-        """The model that is served; None until it is built."""
+        """The description of the served model; None until the model is built."""
 
     @property
     def limits(self) -> Limits:
@@ -74,7 +74,7 @@ class EngineInterface(Protocol):
         """Evaluate one batch."""
 
     def generate(self, request: GenerateRequest) -> GenerationInterface:
-        """Sample rows."""
+        """Start a generation, which samples rows."""
 
     def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
         """Make the caller the run's writer."""
@@ -95,14 +95,14 @@ class EngineInterface(Protocol):
         """The complete checkpoints, newest first."""
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
-        """The files of a checkpoint, in chunks."""
+        """Yield the files of a checkpoint in chunks."""
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
-        """A page of recorded steps."""
+        """Read a page of recorded steps."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run's data."""
+        """Access to the tokenizer of the run's data."""
 
     def status(self) -> RunStatus:
-        """State, progress and what the run is waiting for."""
+        """The state and progress of the run, and what the run is waiting for."""

@@ -1,4 +1,4 @@
-"""Errors on the wire: google.rpc.Status with its details."""
+"""Ends calls with an error, sent as a google.rpc.Status with details."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 DOMAIN = "maskwire"
 _MAX_CHARACTERS = 1000
-"""In a message or value, which may quote a request: the status must fit into an HTTP/2 header."""
+"""The longest message or value, which may quote a request: the status must fit into an HTTP/2 header."""
 
 
 @contextmanager
 def abort_on_error(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with an error status if the body raises any exception."""
+    """A context manager that ends the call with an error status if its body raises an exception."""
     try:
         yield
     except Refused as refusal:
@@ -36,13 +36,13 @@ def abort_on_error(context: grpc.ServicerContext) -> Iterator[None]:
 
 
 def abort(context: grpc.ServicerContext, refusal: Refused) -> NoReturn:
-    """End the call with the status of a refusal."""
+    """End the call with the error status of a refusal. Never returns."""
     context.abort_with_status(rpc_status.to_status(to_status(refusal)))
-    raise AssertionError("abort_with_status raises")
+    raise AssertionError("abort_with_status must raise an exception, but it returned")
 
 
 def to_status(refusal: Refused) -> Any:
-    """A refusal as google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they apply."""
+    """Convert a refusal to a google.rpc.Status with ErrorInfo and, if needed, BadRequest and RetryInfo."""
     code = code_pb2.Code.Value(REASONS[refusal.reason].status)
     status = status_pb2.Status(code=code, message=_shorten(refusal.message))
     metadata = {name: _shorten(value) for name, value in refusal.metadata.items()}
@@ -65,21 +65,21 @@ def _shorten(text: str) -> str:
 
 
 def _cancelled(context: grpc.ServicerContext) -> Refused:
-    """The refusal of a call that was cancelled, by its deadline or its client."""
+    """The refusal that ends a call that its deadline or its client cancelled."""
     seconds_left = context.time_remaining()
     if seconds_left is not None and seconds_left <= 0:
         return Refused(
             "DEADLINE_EXCEEDED",
-            "the call's deadline passed before the answer; whether a step was applied is unknown: retry with "
-            "the same request id",
+            "the call's deadline passed before the answer was ready; a step may have been applied or not: "
+            "retry with the same request id",
         )
     return Refused("CANCELLED", "the client cancelled the call or disconnected")
 
 
 def _internal() -> Refused:
-    """Log the current exception. The refusal refers to the log, because the text may contain anything."""
+    """Log the current exception. The refusal has only its id, because its text may contain private data."""
     error_id = uuid.uuid4().hex[:12]
     log.exception("unexpected error %s", error_id)
     return Refused(
-        "INTERNAL", f"unexpected error; the server's log explains error {error_id}", error_id=error_id
+        "INTERNAL", f"unexpected error; look up error {error_id} in the server's log", error_id=error_id
     )

@@ -1,4 +1,4 @@
-"""Generate: decode and check the request, encode the answers."""
+"""Decodes and checks requests to Generate, and encodes the answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_generate(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
     if request.row_seeds and len(request.row_seeds) != rows:
         raise invalid_field(
             "row_seeds",
-            f"row_seeds must have one seed per row, {rows}, or none, got {len(request.row_seeds)}",
+            f"row_seeds must have one seed per row ({rows}) or none, got {len(request.row_seeds)}",
         )
     if not request.row_seeds and request.seed > 2**63 - rows:
         raise invalid_field(
@@ -81,18 +81,19 @@ def _order(request: pb.GenerateRequest, info: ModelInfo) -> Order:
     elif int(request.order) in set(Order):
         order = Order(request.order)
     else:
-        raise invalid_field("order", f"order must be one of GenerationOrder, got {request.order}")
+        raise invalid_field("order", f"order must be a value of GenerationOrder, got {request.order}")
     if order is Order.CRITIC and not info.has_critic:
         raise invalid_field(
             "order",
-            "order 'critic' needs a critic, and this model has none: choose another order, or serve a model "
-            "with objective.critic",
+            "order 'critic' needs a critic, but this model has none: choose another order, or serve a model "
+            "that was trained with objective.critic",
         )
     if request.remasking and order not in (Order.CONFIDENCE, Order.CRITIC):
         raise invalid_field(
             "remasking",
-            f"remasking requires order 'confidence' or 'critic', got {order.name.lower()!r}; remasking ranks "
-            "the revealed positions by probability or by the critic's score",
+            f"remasking requires order 'confidence' or 'critic', got {order.name.lower()!r}: it ranks the "
+            "revealed positions by probability or by the critic's score; choose one of these orders, or "
+            "leave remasking out",
         )
     return order
 
@@ -101,12 +102,12 @@ def _self_cond_mode(sent: int) -> SelfCondMode:
     if sent == pb.SELF_COND_MODE_UNSPECIFIED:
         return SelfCondMode.TWO_PASS
     if sent not in set(SelfCondMode):
-        raise invalid_field("self_cond_mode", f"self_cond_mode must be one of SelfCondMode, got {sent}")
+        raise invalid_field("self_cond_mode", f"self_cond_mode must be a value of SelfCondMode, got {sent}")
     return SelfCondMode(sent)
 
 
 def _empty_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
-    """Rows in which no position is given."""
+    """Make prompts in which no position is given, so that all are sampled. Raises Refused."""
     if request.count < 1:
         raise invalid_field("count", f"count must be at least 1 without prompts, got {request.count}")
     if not 0 <= request.length <= info.max_seq_len:
@@ -128,12 +129,12 @@ def _empty_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits)
 
 
 def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
-    """Rows in which some positions are given, and the others are sampled."""
+    """Decode and check prompts, in which some positions are given and the others are sampled."""
     batch = request.prompts
     flat, rows, columns, lengths = token_batch.read_ids("prompts", batch, info, limits)
     if batch.segment_ids:
         raise invalid_field(
-            "prompts.segment_ids", "prompts.segment_ids must be empty: send each document as a row of its own"
+            "prompts.segment_ids", "prompts.segment_ids must be empty: send each document as a separate row"
         )
     if not 0 <= request.count <= rows:
         raise invalid_field(
@@ -160,7 +161,7 @@ def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
 
 
 def _first_rows(prompts: Prompts, count: int) -> Prompts:
-    """The first rows, with as many columns as the longest of them."""
+    """The first `count` rows, cut to the length of the longest of these rows."""
     lengths = None if prompts.lengths is None else prompts.lengths[:count]
     columns = prompts.ids.shape[1] if lengths is None else int(lengths.max())
     part = (slice(count), slice(columns))
@@ -168,7 +169,7 @@ def _first_rows(prompts: Prompts, count: int) -> Prompts:
 
 
 def _pad_columns(prompts: Prompts, width: int, info: ModelInfo, limits: Limits) -> Prompts:
-    """The same rows, padded to `width` columns."""
+    """The same rows, padded to `width` columns. Raises Refused if `width` is out of range."""
     rows, columns = prompts.ids.shape
     if not columns <= width <= info.max_seq_len:
         raise invalid_field(
@@ -206,7 +207,7 @@ def _steps(sent: int, prompts: Prompts, limits: Limits) -> int:
         raise invalid_field(
             "steps",
             f"steps must be 1 to {max_steps} (serve.max_generation_steps): one position per step would take "
-            f"{longest}; set steps, which samples several positions per step, or request shorter rows",
+            f"{longest} steps; set steps, to sample several positions per step, or request shorter rows",
             unknown=longest,
             max_generation_steps=max_steps,
         )
@@ -227,14 +228,14 @@ def _start_temperature(request: pb.GenerateRequest) -> float | None:
         raise invalid_field(
             "start_temperature",
             f"start_temperature and temperature exclude each other, got {value} and {request.temperature}: "
-            "leave out temperature to let it fall from start_temperature to 0, or start_temperature to keep "
-            "it constant",
+            "leave out temperature if the temperature should fall from start_temperature to 0, or leave out "
+            "start_temperature if it should stay constant",
         )
     return value
 
 
 def _top_k(request: pb.GenerateRequest, info: ModelInfo) -> int:
-    """The number of most probable ids to sample from, by top_k and by filter_thres; 0: all."""
+    """The number of most probable ids to sample from, according to top_k and filter_thres; 0 for all ids."""
     top_k = request.top_k
     if top_k < 0:
         raise invalid_field("top_k", f"top_k must be at least 1, or 0 for no limit, got {top_k}")
@@ -248,10 +249,10 @@ def _top_k(request: pb.GenerateRequest, info: ModelInfo) -> int:
 
 
 def kept_by(filter_thres: float, num_tokens: int) -> int:
-    """The number of ids that filter_thres keeps.
+    """The number of most probable ids, out of `num_tokens`, that `filter_thres` keeps.
 
-    As x-transformers computes it, rounding included: filter_thres .7 keeps 4 of 10 ids, because 1 - .7 is
-    above .3 in fp64.
+    It is rounded as in x-transformers: a filter_thres of 0.7 keeps 4 of 10 ids, because 1 - 0.7 is above 0.3
+    in fp64.
     """
     return math.ceil((1 - filter_thres) * num_tokens)
 
@@ -263,7 +264,7 @@ def _top_p(value: float) -> float:
 
 
 def answer(value: GenerateAnswer, lengths: npt.NDArray[np.int32] | None) -> pb.GenerateResponse:
-    """Encode the rows after an unmasking pass; `lengths` as in the request."""
+    """Encode the rows after an unmasking pass. `lengths` are the lengths of the prompts, if they have any."""
     state = value.state
     ids, columns = state.ids, state.ids.shape[1]
     if lengths is not None:

@@ -1,4 +1,4 @@
-"""ListCheckpoints: pages of a list that may change between two requests."""
+"""Answers ListCheckpoints with pages of a list that may change between two requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEFAULT_PAGE_SIZE, _MAX_PAGE_SIZE = 50, 1000
 
 
 def answer(request: pb.ListCheckpointsRequest, engine: EngineInterface) -> pb.ListCheckpointsResponse:
-    """One page of the engine's checkpoints. Raises Refused."""
+    """Answer a request with one page of the engine's checkpoints. Raises Refused."""
     if request.page_size < 0:
         raise invalid_field("page_size", f"page_size must be at least 0, got {request.page_size}")
     size = min(request.page_size or _DEFAULT_PAGE_SIZE, _MAX_PAGE_SIZE)
@@ -29,12 +29,15 @@ def answer(request: pb.ListCheckpointsRequest, engine: EngineInterface) -> pb.Li
 
 
 def _token(last: CheckpointInfo) -> str:
-    """The name of a page's last checkpoint: unlike an index, it stays valid when others come and go."""
+    """The token of the next page: the encoded name of a page's last checkpoint.
+
+    Unlike an index, a name stays valid when other checkpoints are saved or deleted.
+    """
     return base64.urlsafe_b64encode(last.name.encode()).decode()
 
 
 def _start(token: str, checkpoints: list[CheckpointInfo]) -> int:
-    """The index of the page's first checkpoint."""
+    """The index of the first checkpoint of the page with this token. Raises Refused."""
     if not token:
         return 0
     try:
@@ -43,6 +46,6 @@ def _start(token: str, checkpoints: list[CheckpointInfo]) -> int:
     except ValueError:  # not a token, or its checkpoint has been deleted
         raise invalid_field(
             "page_token",
-            f"page_token must come from an earlier page, got {token[:80]!r}, which is unknown or whose "
+            f"page_token must come from an earlier page, got {token[:80]!r}: the token is unknown, or its "
             "checkpoint was deleted; request the first page, without a token",
         ) from None

@@ -1,4 +1,4 @@
-"""ListSteps: decode the request, encode a page of recorded steps."""
+"""Decodes and checks requests to ListSteps, and encodes pages of recorded steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_list(request: pb.ListStepsRequest) -> StepsRequest:
     if request.last_step and request.last_step < request.first_step:
         raise invalid_field(
             "last_step",
-            f"last_step must be at least first_step, {request.first_step}, or 0 for no limit, got "
+            f"last_step must be at least first_step ({request.first_step}), or 0 for no limit, got "
             f"{request.last_step}",
         )
     lineage, first = request.lineage, request.first_step
@@ -36,7 +36,7 @@ def read_list(request: pb.ListStepsRequest) -> StepsRequest:
 
 
 def answer(page: StepsPage) -> pb.ListStepsResponse:
-    """Encode a page."""
+    """Encode a page of recorded steps as the answer to ListSteps."""
     return pb.ListStepsResponse(
         steps=[
             pb.RecordedStep(
@@ -58,7 +58,7 @@ def answer(page: StepsPage) -> pb.ListStepsResponse:
 
 
 def _token(lineage: int, step: int) -> str:
-    """The token of the page from `step` on. It has the lineage, because a restore may start a new one."""
+    """The token of the page that begins at `step`. It names the lineage, as a restore may start another."""
     return base64.urlsafe_b64encode(f"{lineage} {step}".encode()).decode()
 
 

@@ -1,4 +1,4 @@
-"""gRPC handlers for the service's methods, which refuse bytes that cannot be parsed as the request.
+"""gRPC handlers for the service's methods. They refuse a request whose bytes cannot be parsed.
 
 grpcio 1.85.1 leaks about 8 KiB and logs a traceback for each request whose deserializer raises. These
 deserializers never raise: they return a marker, and the handler refuses the call.
@@ -58,7 +58,7 @@ def _deserializer(kind: type[Message]) -> Callable[[bytes], Message | bytes]:
 def _refuse_unreadable(method: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any], Any]:
     def handle(request: Message | bytes, context: grpc.ServicerContext) -> Any:
         if request is _UNREADABLE:
-            message = f"the request must be a {name}, got bytes that are not one; use stubs of the proto"
+            message = f"the request must be a {name}, but its bytes cannot be parsed; use the service's proto"
             abort(context, Refused("INVALID_FIELD", message))
         return method(request, context)
 

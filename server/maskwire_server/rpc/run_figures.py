@@ -1,4 +1,4 @@
-"""Encode the figures of a run."""
+"""Encodes the figures of a run for the answer to GetStatus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskwire_server.run_figures import Recent, RunFigures
 
 
 def fields(value: RunFigures) -> dict[str, Any]:
-    """Fields of GetStatusResponse."""
+    """Encode the figures of a run as fields of GetStatusResponse, by name."""
     refused: Counter[str] = Counter()
     for (_, _, reason), count in value.calls.items():
         if reason:

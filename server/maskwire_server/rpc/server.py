@@ -33,7 +33,7 @@ class Server:
     def __init__(
         self, engine: EngineInterface, config: ServeConfig, publish: Publish = lambda _: None
     ) -> None:
-        """`publish` is called with the end of each call."""
+        """`publish` receives an event at the end of each call. Raises ConfigError for invalid credentials."""
         self._config = config
         self._publish = publish
         self._files = CredentialFiles(config, publish=publish)
@@ -79,7 +79,7 @@ class Server:
         if self._config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             servicer = reflection.ReflectionServicer(names)
-            # A client may keep a reflection stream open for as long as it likes: it must not occupy a worker.
+            # A client may keep a reflection stream open indefinitely: the stream must not occupy a worker.
             self._assign_pool(servicer, "ServerReflectionInfo", self._reflection_pool)
             add = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
             add(servicer, server)  # type: ignore[no-untyped-call]
@@ -120,17 +120,17 @@ class Server:
         return f"{address.rpartition(':')[0]}:{port}"
 
     def refresh_credentials(self, *, now: bool = False) -> None:
-        """Read changed certificate and token files, at most once per minute; `now`: all files, at once."""
+        """Read changed certificate and token files, at most once per minute; with `now`, read all at once."""
         self._files.refresh(now=now)
 
     def on_state(self, state: RunState) -> None:
-        """Update health: ready while the state is SERVING, live unless recovery has failed."""
+        """Update the health status: ready while the state is SERVING, live unless recovery has failed."""
         for name in ("", SERVICE):
             self._set_health(name, state is RunState.SERVING)
         self._set_health(LIVENESS, state is not RunState.RECOVERY_FAILED)
 
     def on_hang(self) -> None:
-        """Report that the process is neither ready nor live: it is about to exit."""
+        """Report the hung process as neither ready nor live. It is about to exit."""
         for name in ("", SERVICE, LIVENESS):
             self._set_health(name, False)
 

@@ -34,7 +34,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def __init__(
         self, engine: EngineInterface, caller: Callable[[grpc.ServicerContext], str] = lambda _: ""
     ) -> None:
-        """`caller` returns the name of a call's credential, or "": then no limit per credential applies."""
+        """`caller` returns a name for a call's credential, or "" if no limit per credential applies."""
         self._engine = engine
         self._caller = caller
         self._started = time.monotonic()
@@ -158,7 +158,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def _model_info(self) -> ModelInfo:
         info = self._engine.info
         if info is None:
-            raise Refused("RECOVERING", "the server is building the model; retry")
+            raise Refused("RECOVERING", "the server is still building the model; retry later")
         return info
 
 

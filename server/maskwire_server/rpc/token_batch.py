@@ -1,7 +1,7 @@
 """Decodes token batches: from the proto's TokenBatch to a checked `Batch`.
 
 The parameter `field` is the name of the batch in its request. A refusal names the field, the first
-offending position, the value and what would be right.
+invalid position, the value and the valid values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPE_NAMES = ", ".join(pb.DataType.Name(number) for number in _DTYPES)
 
 
 def read_batch(batch: pb.TokenBatch, info: ModelInfo, limits: Limits) -> Batch:
-    """A TokenBatch, checked. The ids are a view of the bytes received."""
+    """Decode and check a TokenBatch. The ids are a view of the received bytes. Raises Refused."""
     ids, rows, columns, lengths = read_ids("batch", batch, info, limits)
     segment_ids = _segment_ids("batch", batch.segment_ids, ids.size)
     check_ids("batch", ids, columns, lengths, info, padded=lengths is None and segment_ids is None)
@@ -43,7 +43,7 @@ def read_batch(batch: pb.TokenBatch, info: ModelInfo, limits: Limits) -> Batch:
 def read_ids(
     field: str, batch: pb.TokenBatch, info: ModelInfo, limits: Limits
 ) -> tuple[npt.NDArray[np.integer], int, int, npt.NDArray[np.int32] | None]:
-    """The flat ids as received, and rows, columns and lengths. The values of the ids are not checked."""
+    """Return the flat ids, the rows, the columns and the lengths. The values of the ids are not checked."""
     rows, columns = _shape(field, batch.shape, info, limits)
     dtype = _DTYPES.get(batch.dtype)
     if dtype is None:
@@ -100,7 +100,7 @@ def _lengths(field: str, sent: Sequence[int], rows: int, columns: int) -> npt.ND
         return None
     if len(sent) != rows:
         raise invalid_field(
-            f"{field}.lengths", f"{field}.lengths must have one length per row, {rows}, got {len(sent)}"
+            f"{field}.lengths", f"{field}.lengths must have one length per row ({rows}), got {len(sent)}"
         )
     lengths = np.array(sent, dtype=np.int32)
     wrong = (lengths < 1) | (lengths > columns)
@@ -115,8 +115,8 @@ def _lengths(field: str, sent: Sequence[int], rows: int, columns: int) -> npt.ND
     if lengths.max() != columns:
         raise invalid_field(
             f"{field}.lengths",
-            f"{field}.lengths: the longest row must have {columns} tokens, the columns of {field}.shape, "
-            f"got {lengths.max()}",
+            f"{field}.lengths: the longest row must have {columns} tokens, as {field}.shape has "
+            f"as many columns, got {lengths.max()}",
             longest=int(lengths.max()),
             columns=columns,
         )
@@ -132,9 +132,10 @@ def check_ids(
     *,
     padded: bool,
 ) -> None:
-    """Raise Refused for the first of the flat `ids` that a batch must not contain.
+    """Raise Refused for the first invalid id among the flat `ids` of a batch.
 
-    A batch must not contain ids outside the vocabulary, the mask id or, unless it is `padded`, the pad id.
+    Ids outside the vocabulary are invalid, and so is the mask id. The pad id is valid only if the batch is
+    `padded`.
     """
     reserved = {info.mask_id} if padded or info.pad_id is None else {info.mask_id, info.pad_id}
     first_wrong = min(reserved)  # every smaller id is allowed
@@ -173,7 +174,7 @@ def _wrong_id(
         right = "the pad id is not allowed in a batch with lengths or segment_ids: leave padding out"
     else:
         right = (
-            f"ids must be 0 to {info.num_tokens - 1} (num_tokens is {info.num_tokens}), without the mask id"
+            f"ids must be 0 to {info.num_tokens - 1} (num_tokens is {info.num_tokens}), except the mask id"
         )
     return invalid_field(
         f"{field}.data",
@@ -185,7 +186,7 @@ def _wrong_id(
 
 
 def read_prompt_bits(field: str, bits: bytes, rows: int, columns: int) -> bytes:
-    """The bits of a prompt mask as received; empty for none. Raises Refused for a wrong size."""
+    """Check the bits of a prompt mask and return them; empty if there is no mask. Raises Refused."""
     if not bits:
         return b""
     positions = rows * columns
@@ -201,7 +202,7 @@ def read_prompt_bits(field: str, bits: bytes, rows: int, columns: int) -> bytes:
     if positions % 8 and bits[-1] >> (positions % 8):
         raise invalid_field(
             f"{field}.prompt_mask",
-            f"{field}.prompt_mask: the last {8 - positions % 8} bits of its last byte must be 0, "
+            f"{field}.prompt_mask: the highest {8 - positions % 8} bits of the last byte must be 0, "
             f"got {bits[-1]:#04x}",
         )
     return bits
@@ -213,7 +214,8 @@ def _segment_ids(field: str, sent: Sequence[int], count: int) -> npt.NDArray[np.
     if len(sent) != count:
         raise invalid_field(
             f"{field}.segment_ids",
-            f"{field}.segment_ids must have one number for each id of {field}.data, {count}, got {len(sent)}",
+            f"{field}.segment_ids must have one number for each id of {field}.data ({count}), got "
+            f"{len(sent)}",
         )
     return np.fromiter(sent, dtype=np.int32, count=count)
 

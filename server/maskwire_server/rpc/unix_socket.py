@@ -1,4 +1,4 @@
-"""A Unix domain socket that only its owner can open."""
+"""A Unix domain socket to which only its owner can connect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class UnixSocket:
         self._bound = False
 
     def bind(self, server: grpc.Server) -> None:
-        """Let the server listen on the socket, with mode 0600. Raises ConfigError."""
+        """Make the server listen on the socket file, created with mode 0600. Raises ConfigError."""
         name = os.fsencode(self._path)
         if len(name) > MAX_PATH_BYTES:
             raise ConfigError(
@@ -31,9 +31,11 @@ class UnixSocket:
                 f"{self._path}; choose a shorter path"
             )
         if not str(self._path).isprintable():  # the ready line contains it; also rejects invalid UTF-8
-            raise ConfigError(f"Unix socket: the path must be printable UTF-8, got {name!r}")
+            raise ConfigError(f"Unix socket: the path must be printable UTF-8, got {name!r}; rename it")
         if set("?#%") & set(str(self._path)):  # gRPC parses an address as a URI
-            raise ConfigError(f"Unix socket: the path must not contain ?, # or %, got {self._path}")
+            raise ConfigError(
+                f"Unix socket: the path must not contain ?, # or %, got {self._path}; choose another path"
+            )
         self._check_free()
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ class UnixSocket:
         self._bound = True
 
     def _check_free(self) -> None:
-        """Raise ConfigError if the path is in use: gRPC would replace the file, whatever it is."""
+        """Raise ConfigError if the path is in use, because gRPC would replace any file there."""
         try:
             if not stat.S_ISSOCK(self._path.stat().st_mode):
                 raise ConfigError(
@@ -69,6 +71,6 @@ class UnixSocket:
         raise ConfigError(f"Unix socket: another server listens on {self._path}; choose another path")
 
     def remove(self) -> None:
-        """Delete the file, after the server has stopped."""
+        """Delete the socket's file, after the server has stopped."""
         if self._bound:
             self._path.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
 """Telemetry: Prometheus metrics, TensorBoard event files, OpenTelemetry traces and JSON logs of a run.
 
-Its modules subscribe to events and read the status; they do not depend on the engine. The packages that they
-need come with the extra `telemetry`, and are imported when a setting asks for them.
+The modules subscribe to events and read the run's status; they do not depend on the engine. They need the
+packages of the extra `telemetry`, which are imported only if a setting requires them.
 """

@@ -17,23 +17,23 @@ _OTHER_LINE_ENDS = {end: escaped for end, escaped in _LINE_ENDS.items() if end !
 
 
 class TextFormatter(logging.Formatter):
-    """One line per message, followed by the lines of its traceback if it has one."""
+    """Formats a log record as one line of text, followed by the lines of its traceback if it has one."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
-        """The traceback, indented: what an exception quotes cannot look like a line of the log."""
+        """Format a traceback, indented so that text in an exception cannot look like a line of the log."""
         text = super().formatException(ei).translate(_OTHER_LINE_ENDS)
         return textwrap.indent(text, "  ", predicate=lambda _: True)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """The message, with its line ends escaped."""
+        """Format a message, with its line ends escaped."""
         return super().formatMessage(record).translate(_LINE_ENDS)
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per line: time, level, logger, message, run id, lineage, step, request id, traceback."""
+    """Formats a log record as one line of JSON, with the run id, lineage, step and request id if known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class JsonFormatter(logging.Formatter):
         """The run's status, once there is a run."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One JSON object. Fields that are not known are absent."""
+        """Format a record as one JSON object. Fields whose value is not known are absent."""
         line: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -63,7 +63,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def writes_json() -> bool:
-    """Whether the process's log is JSON."""
+    """Whether the process writes its log as JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 

@@ -1,4 +1,4 @@
-"""The metrics: name, unit and source of each. Names and units follow the conventions of Prometheus."""
+"""The metrics, with the name, unit and source of each. Names and units follow Prometheus's conventions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sample = tuple[tuple[str, ...], float | HistogramFigures]
 
 @dataclass(frozen=True)
 class Reading:
-    """The data that one scrape reads."""
+    """The data that one scrape of the metrics reads."""
 
     status: RunStatus
     journal_bytes: int | None = None
@@ -33,7 +33,7 @@ class Metric:
     """A metric: its name, type and help text, and how its samples are read."""
 
     name: str
-    """With prefix and unit, and _total for a counter."""
+    """The full name, with prefix, unit and, for a counter, the suffix _total."""
     kind: Kind
     help: str
     read: Callable[[Reading], Iterable[Sample]]
@@ -104,7 +104,10 @@ def _build(reading: Reading) -> list[Sample]:
 
 
 def _requests(reading: Reading) -> list[Sample]:
-    """Counts that alerts look at start at 0, so that the first call of their kind appears as an increase."""
+    """The number of ended calls by method, status code and reason.
+
+    Counts that alerts use start at 0, so that the first call of their kind appears as an increase.
+    """
     methods = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
     zeros = {(name, *end): 0 for name in methods for end in (("OK", ""), ("INTERNAL", "INTERNAL"))}
     zeros |= {(name, denied, denied): 0 for name in (*methods, OTHER_METHOD) for denied in _DENIED}
@@ -125,7 +128,7 @@ def _reads_not_answered(reading: Reading) -> list[Sample]:
 
 
 def _of_mirror(read: Callable[[MirrorStatus], float]) -> Callable[[Reading], list[Sample]]:
-    """One value of the mirror's status; no sample if the run has no mirror."""
+    """Return a function that reads one value of the mirror's status. It gives no sample without a mirror."""
 
     def sample(reading: Reading) -> list[Sample]:
         mirror = reading.status.mirror
@@ -173,7 +176,7 @@ METRICS = (
     Metric(
         "maskwire_computing_seconds",
         "gauge",
-        "Seconds for which a step, or a part of an evaluation or generation, has been computed; 0: none is.",
+        "Seconds for which a step, or a part of an evaluation or generation, has been computed; 0 if none.",
         lambda reading: _one(reading.status.computing_seconds),
     ),
     Metric("maskwire_state", "gauge", "1 for the run's state, 0 for each other.", _states, ("state",)),

@@ -1,4 +1,4 @@
-"""The HTTP endpoint for Prometheus. A scrape reads the status; nothing is computed in between."""
+"""The HTTP endpoint for Prometheus. A scrape reads the status; nothing is computed between scrapes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class RunCollector(Collector):
         self._read = read
 
     def describe(self) -> Iterator[Family]:
-        """The names and types, without values."""
+        """Yield the names and types of the metrics, without values."""
         for metric in METRICS:
             yield _family(metric)
 
     def collect(self) -> Iterator[Family]:
-        """All metrics, as of one moment."""
+        """Yield all metrics, with their values at one moment."""
         reading = self._read()
         for metric in METRICS:
             family = _family(metric)
@@ -53,7 +53,7 @@ def _family(metric: Metric) -> Family:
 
 
 def _buckets(value: HistogramFigures) -> list[tuple[str, float]]:
-    """Upper bounds and cumulative counts."""
+    """The upper bound and cumulative count of each bucket, as Prometheus expects them."""
     buckets, below = [], 0
     for bound, count in zip((*value.bounds, float("inf")), value.counts, strict=True):
         below += count
@@ -62,7 +62,7 @@ def _buckets(value: HistogramFigures) -> list[tuple[str, float]]:
 
 
 def serve_metrics(address: str, read: Callable[[], Reading]) -> None:
-    """Serve GET /metrics on an address, until the process ends. Raises ConfigError if it cannot."""
+    """Serve GET /metrics on an address until the process ends. Raises ConfigError if it cannot listen."""
     registry = CollectorRegistry()
     registry.register(RunCollector(read))
     ProcessCollector(registry=registry)

@@ -19,11 +19,11 @@ def decoder(
     tokenizer: Path,
     of_data: Callable[[], TokenizerDescription | None] = lambda: None,
 ) -> Decoder:
-    """A function from ids to text.
+    """Choose a function that decodes ids to text.
 
     If the ids are bytes, they are decoded as UTF-8. Otherwise the function uses the model's `tokenizer.json`
     in the folder `tokenizer` or, without that file, the tokenizer of the run's data, which `of_data` returns.
-    Without either, the text is the ids.
+    Without either, the text is a list of the ids.
     """
     if model is not None and model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES:
         return _from_bytes
@@ -37,14 +37,14 @@ def decoder(
 
 
 def _of_file(content: bytes) -> Decoder:
-    """The decoder of a tokenizer.json; ids are shown if it cannot be read, or `tokenizers` is missing."""
+    """Make the decoder of a tokenizer.json. It lists the ids if the file or `tokenizers` cannot be loaded."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
         return _ids
     try:
         found: Decoder = Tokenizer.from_str(content.decode()).decode
-    except Exception as error:  # the package raises bare Exception
+    except Exception as error:  # the package raises Exception itself
         log.warning("samples are shown as ids, because the tokenizer cannot be read: %s", error)
         return _ids
     return found
@@ -59,6 +59,6 @@ def _ids(ids: Sequence[int]) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """An indented code block, which TensorBoard shows verbatim. Unlike a fenced one, no text can end it."""
+    """Make an indented code block, which TensorBoard shows verbatim and which no text in it can end."""
     lines = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text).split("\n")
     return "\n".join(f"    {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Starts the telemetry that the settings ask for."""
+"""Starts the telemetry that the settings request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Sources:
-    """Reads the data of the run and its machine for telemetry."""
+    """Reads the data about the run and the server's machine that telemetry needs."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class Sources:
         self._tokenizer_of_data = tokenizer_of_data
 
     def read(self) -> Reading:
-        """The data for all metrics."""
+        """Read the data for all metrics."""
         return Reading(self.status(), self._journal_bytes(), self._free_bytes(), self._memory())
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
-        """A function from ids of the run to text."""
+        """Return a function that decodes ids of the run to text."""
         return decoder(self.status().model, self._tokenizer, self._of_data)
 
     def _of_data(self) -> TokenizerDescription | None:
@@ -56,7 +56,7 @@ class Sources:
             return None
 
     def _journal_bytes(self) -> int | None:
-        """The size of the database and its log."""
+        """The size of the journal's database and its write-ahead log, in bytes; None if it cannot be read."""
         try:
             return sum(path.stat().st_size for path in self.run_dir.glob(f"{self._journal_file}*"))
         except OSError:
@@ -77,7 +77,7 @@ class Sources:
 
 
 def start(config: TelemetryConfig, sources: Sources, subscribe: Callable[[Subscriber], None]) -> None:
-    """Start what is configured; it ends with the process. Raises ConfigError."""
+    """Start the configured telemetry, which runs until the process ends. Raises ConfigError."""
     log_formats.show_run(sources.status)
     if config.tensorboard:
         require("tensorboard", "tensorboard")

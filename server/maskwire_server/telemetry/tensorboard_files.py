@@ -59,13 +59,13 @@ class _Evaluation:
 
 
 class TensorBoardFiles:
-    """A subscriber that writes event files."""
+    """Subscribes to the server's events and writes them to event files for TensorBoard."""
 
     name = "tensorboard"
     kinds: frozenset[type[Event]] = frozenset({StepCommitted, LineageOpened, Evaluated, Generated})
 
     def __init__(self, run_dir: Path, decoder: Callable[[], Callable[[Sequence[int]], str]]) -> None:
-        """`decoder` is called when there are samples to decode."""
+        """`decoder` returns a function from ids to text. It is called when there are samples to decode."""
         self._folder = run_dir / FOLDER
         self._decoder = decoder
         self._file: _File | None = None
@@ -75,7 +75,7 @@ class TensorBoardFiles:
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS + 1)
 
     def receive(self, event: Event) -> None:
-        """Write the points of an event."""
+        """Write the data points of an event to the event file."""
         if isinstance(event, LineageOpened):
             self._open(event)
         elif isinstance(event, StepCommitted):
@@ -87,7 +87,7 @@ class TensorBoardFiles:
         self.idle()
 
     def idle(self) -> bool:
-        """Write the evaluation if it is complete, and flush. Returns whether anything is still pending."""
+        """Write the evaluation if it is complete, and flush the file. Returns whether data is pending."""
         evaluation = self._evaluation
         if evaluation is not None and time.time() - evaluation.time >= _EVALUATION_SECONDS:
             self._write_evaluation(evaluation)
@@ -97,14 +97,14 @@ class TensorBoardFiles:
         return self._evaluation is not None or (self._file is not None and self._file.dirty)
 
     def close(self) -> None:
-        """Write what is pending, and close the file."""
+        """Write the pending evaluation, and close the event file."""
         if self._evaluation is not None:
             self._write_evaluation(self._evaluation)
         if self._file is not None:
             self._file.close()
 
     def _open(self, event: LineageOpened) -> None:
-        """Continue the curves from a step: TensorBoard drops later points of earlier files."""
+        """Mark the step from which the curves continue. TensorBoard drops later points of earlier files."""
         self._recent.clear()
         mark = SessionLog(status=SessionLog.START)
         self._write(FileEvent(wall_time=event.time, step=event.step + 1, session_log=mark))
@@ -123,7 +123,7 @@ class TensorBoardFiles:
         self._write_points(event.time, event.step, points)
 
     def _speed(self, event: StepCommitted) -> float | None:
-        """Tokens per second over several steps, because steps may be committed at the same time."""
+        """Tokens per second over several steps, as steps may be committed at once; None if no time passed."""
         self._recent.append((event.time, event.tokens))
         (began, first), (ended, _) = self._recent[0], self._recent[-1]
         if ended <= began:
@@ -175,7 +175,9 @@ class TensorBoardFiles:
 
     def _write(self, event: FileEvent) -> None:
         if time.monotonic() < self._retry_at:
-            raise OSError("the event file could not be written; a new one is tried within a minute")
+            raise OSError(
+                "the event file could not be written; check the disk: a new file is tried within a minute"
+            )
         try:
             if self._file is None:
                 self._file = _File(self._folder)

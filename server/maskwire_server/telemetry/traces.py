@@ -3,12 +3,12 @@
     TrainStep                      from the request's arrival until its answer is handed to gRPC
     ├── admit                      decode and check the request, and queue it
     ├── queue                      wait for the device
-    ├── compute                    on the device
+    ├── compute                    compute the step on the device
     ├── commit                     wait until the step is durable
     └── answer                     encode the answer
 
 The parent is the client's span, whose W3C context travels in the call's metadata. Spans are made from the
-events after the call has ended, with the times that the events hold.
+events after the call has ended, with the times that the events contain.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from maskwire.v1 import tracing
 from maskwire_server.events import CallEnded, Event, StepCommitted
 
 MOST_WAITING = 1024
-"""Maximum number of steps kept until their call ends. The oldest may be of a call that ended before it."""
+"""The maximum number of steps kept until their calls end. The calls of the oldest may have ended already."""
 
 
 class Traces:
-    """A subscriber that makes spans."""
+    """Subscribes to the server's events and makes OpenTelemetry spans from them."""
 
     name = "opentelemetry"
     kinds: frozenset[type[Event]] = frozenset({StepCommitted, CallEnded})
@@ -41,7 +41,7 @@ class Traces:
         self._steps: OrderedDict[int, StepCommitted] = OrderedDict()  # by the number of their call
 
     def receive(self, event: Event) -> None:
-        """Keep a step until its call ends, and make the spans then."""
+        """Keep each step until its call ends, and then make the spans of the call."""
         if isinstance(event, StepCommitted):
             if event.call:
                 self._steps[event.call] = event
@@ -104,7 +104,7 @@ class Traces:
             at = max(at, end)
 
     def idle(self) -> bool:
-        """Nothing is buffered here: the exporter has a thread of its own."""
+        """Return False: no data is pending here, because the exporter buffers spans in its own thread."""
         return False
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ class Traces:
 
 
 def _is_sampled(trace: str) -> bool:
-    """The sampled flag of a trace context. True if it cannot be read: then the sampler decides."""
+    """The sampled flag of a trace context. True if it cannot be read, so that the sampler decides."""
     try:
         return bool(int(trace[-2:], 16) & 1)
     except ValueError:

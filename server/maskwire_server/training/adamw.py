@@ -1,7 +1,7 @@
 """AdamW with torch's function `adamw`, without the class `torch.optim.AdamW`.
 
-Constructing any `torch.optim.Optimizer` imports `torch._dynamo`, which takes longer than the rest of a start
-after the import of torch. That import is not needed here: nothing compiles an optimizer.
+Constructing any `torch.optim.Optimizer` imports `torch._dynamo`. This takes longer than all other work of a
+server's start after the import of torch, and is not needed here, because no optimizer is compiled.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Optimizer(ABC):
     """Groups of weights with their settings, and the state of each weight, as in `torch.optim.Optimizer`."""
 
     def __init__(self, **defaults: float) -> None:
-        """`defaults` are the settings of a group that does not give its own."""
+        """`defaults` are the settings of groups that have no own value for them."""
         self._defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def add_param_group(self, group: dict[str, Any]) -> None:
-        """Add weights (`params`) with their settings."""
+        """Add a group: its weights under the key `params`, and its settings."""
         self.param_groups.append({**self._defaults, **group})
 
     @abstractmethod
@@ -36,12 +36,12 @@ class AdamW(Optimizer):
     """AdamW (Loshchilov, Hutter 2019). Each group has `lr`, `betas`, `eps` and `weight_decay`."""
 
     def __init__(self, *, fused: bool) -> None:
-        """`fused`: update all weights of a group in one kernel."""
+        """With `fused`, all weights of a group are updated in one kernel."""
         super().__init__()
         self._fused = fused
 
     def allocate(self, weight: Tensor) -> None:
-        """Allocate the state of a weight."""
+        """Allocate the state of a weight: its step count and its two moments, all 0."""
         self.state[weight] = {
             "step": torch.zeros((), dtype=torch.float32, device=weight.device),
             "exp_avg": torch.zeros_like(weight),

@@ -1,4 +1,4 @@
-"""The losses of a logical batch, added up over its micro-batches."""
+"""Sums the losses of a logical batch over its micro-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BatchLosses:
         self.maskable = maskable
         self._critic = critic
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        """The sums of the generator's loss and of the critic's, fp64 [2]."""
+        """The sums of the generator's and of the critic's losses: fp64, of shape [2]."""
 
     def add(self, part: PartLosses) -> None:
         """Add the losses of one micro-batch."""
@@ -24,9 +24,9 @@ class BatchLosses:
         self.sums += torch.stack((part.generator, critic)).detach()
 
     def read(self, norm: Tensor) -> tuple[float, float | None, float]:
-        """Generator loss, critic loss (None if it was not computed) and gradient norm.
+        """Return the generator's loss, the critic's loss (None if not computed) and the gradient norm.
 
-        They are copied to the host together, because each copy waits for the device.
+        All three are copied to the host together, because each copy waits for the device.
         """
         generator, critic, norm_value = torch.cat((self.sums, norm.double().view(1).to(self.sums))).tolist()
         return generator, critic if self._critic else None, norm_value

@@ -1,7 +1,7 @@
 """The memory and CPU limits of a container, from Linux control groups of versions 1 and 2.
 
-A limit also holds for all groups below its own, so the smallest limit up the hierarchy applies. All files are
-read below `root`, by default the root of the file system.
+A group's limit also applies to all groups below it, so the smallest limit of a process's group and the groups
+above it counts. All files are read below `root`, by default the root of the file system.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _ROOT = Path("/")
 def free_memory(root: Path = _ROOT) -> int | None:
     """The bytes that this process can still allocate, or None if the system does not say.
 
-    The smallest of the machine's MemAvailable (MemFree would leave out the page cache, although it can be
-    reclaimed) and, for each group, its limit minus the memory in use that cannot be reclaimed.
+    This is the smallest of the machine's MemAvailable and, for each control group, its limit minus the memory
+    in use that cannot be reclaimed. MemFree would not count the page cache, although it can be reclaimed.
     """
     machine = _fields(root / "proc/meminfo").get("MemAvailable:")
     found = [] if machine is None else [1024 * machine]
@@ -33,7 +33,7 @@ def free_memory(root: Path = _ROOT) -> int | None:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """The CPU time that this process may use, in CPUs. None without a limit."""
+    """The number of CPUs, possibly a fraction, whose time this process may use. None without a limit."""
     quotas = []
     for group in _groups(root, "cpu"):
         quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
@@ -45,13 +45,13 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def allowed_cores(cores: int, root: Path = _ROOT) -> int:
-    """The number of cores, limited by the CPU quota, which is rounded up."""
+    """The smaller of `cores` and the process's CPU quota, which is rounded up; at least 1."""
     quota = cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's groups that can limit memory or CPU (`controller`), innermost first."""
+    """Yield the folders of this process's groups with `controller` (memory or cpu), innermost first."""
     # Lines are HIERARCHY:CONTROLLERS:PATH. Version 2 has only hierarchy 0, without controllers.
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
@@ -93,7 +93,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _words(path: Path) -> list[int | None]:
-    """The numbers in the first line of a file, with None for other words (`max`)."""
+    """The numbers in the first line of a file, with None for each other word, such as `max`."""
     return [_integer(word) for word in next(iter(_lines(path)), "").split()]
 
 
@@ -102,7 +102,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The numbers by name, from lines of the form NAME NUMBER."""
+    """The numbers in a file, by name, from lines of the form NAME NUMBER."""
     fields = (line.split() for line in _lines(path))
     return {words[0]: int(words[1]) for words in fields if len(words) > 1 and words[1].isdigit()}
 

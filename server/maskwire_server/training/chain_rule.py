@@ -1,12 +1,13 @@
-"""The chain rule: the exact log-likelihood of a row in an order of its positions, with a pass per position.
+"""The chain rule: the exact log-likelihood of a row in one order of its positions, one pass per position.
 
-    log p(x) = sum over i of log p(x_o(i) | x_o(1) ... x_o(i-1))        o an order of the maskable positions
+    log p(x) = sum over i of log p(x_o(i) | x_o(1) ... x_o(i-1))      o: an order of the maskable positions
 
 In pass i the prompt and the i - 1 positions before o(i) are visible. The other n - i + 1 positions are
 masked, and o(i) is predicted. The order is fixed or random, but never depends on the tokens, so this is the
 likelihood of a real sampling procedure. Two orders give the same likelihood only if the model's conditionals
-are those of one joint distribution. Over uniformly random orders the masked set of size k is uniformly random
-and o(i) is uniform in it, so the mean is sum over k of (1/k) E[CE sum at k masked]: the negative ELBO.
+are those of one joint distribution. Over uniformly random orders, the masked set of size k is uniformly
+random, and o(i) is uniform in it, so the mean of -log p(x) is sum over k of (1/k) E[CE sum at k masked]. This
+is the negative ELBO.
 
 Letters: r rows, d draws (orders), b pseudo-rows (a row with one of its passes), n positions, v vocabulary.
 """
@@ -36,7 +37,7 @@ from maskwire_server.training.tensor_batch import TensorBatch
 
 @dataclass(frozen=True)
 class PassBatch:
-    """Pseudo-rows that are computed together."""
+    """Pseudo-rows (a row with one of its passes each) that are computed together."""
 
     part: Corruption
     target_b: Tensor
@@ -57,7 +58,7 @@ def evaluate(
     ema_weights: bool,
     wanted: Callable[[], bool] = lambda: True,
 ) -> EvalResult:
-    """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
+    """Evaluate a batch by the chain rule, in parts of at most `budget` positions. Call it without gradients.
 
     Each draw is one order. Logits are computed only at the predicted positions. `wanted` is called before
     each part. If it returns False, Unwanted is raised.
@@ -90,9 +91,9 @@ def evaluate(
 
 
 def ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
-    """The rank of each position in the order of its row, int64 [b, n].
+    """The rank of each position in the order of its row, as an int64 tensor of shape [b, n].
 
-    Positions that are not in the order have rank n.
+    The first position of an order has rank 0. Positions that are not in the order have rank n.
 
     A random order depends on the seed, the id of the row and the draw. It covers the maskable positions, so
     that padding, prompts and other rows do not change it.
@@ -109,7 +110,7 @@ def ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Tens
 def passes(
     batch: TensorBatch, options: EvalOptions, vocabulary: Vocabulary, budget: int
 ) -> Iterator[PassBatch]:
-    """All passes of all orders of all rows, in parts."""
+    """Yield all passes of all orders of all rows, in parts of at most `budget` positions."""
     n_r, length_r = batch.maskable_s.tolist(), batch.lengths
     each = ((r, d, i) for r, n in enumerate(n_r) for d in range(options.draws) for i in range(n))
     length_b = (length_r[r] for r, n in enumerate(n_r) for _ in range(options.draws * n))
@@ -147,7 +148,10 @@ def _together(
 def _predict(
     model: Model, config: ObjectiveConfig, vocabulary: Vocabulary, part: Corruption, target_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy at each predicted position, and 1 if the most probable id is right: fp64 [b] each."""
+    """Compute the cross-entropy of each pass, and 1 or 0 for whether the most probable id is right.
+
+    Both are fp64 tensors of shape [b] on the CPU. `target_b` is the position that each pass predicts.
+    """
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
     b, n = part.ids_bn.shape
     at_b = torch.arange(0, b * n, n, device=part.ids_bn.device) + target_b.to(part.ids_bn.device)

@@ -1,4 +1,4 @@
-"""Find a checkpoint's tensors by the headers of its files, whichever ranks wrote them, and read them."""
+"""Finds the tensors of a checkpoint in the files that one or several ranks wrote, and reads them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class _Stored:
-    """Consecutive rows of a tensor, or all of it, in a file."""
+    """The place of a tensor, or of consecutive rows of a tensor, in one file."""
 
     path: Path
     key: str
@@ -39,10 +39,10 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     stored: tuple[_Stored, ...]
-    """In the order of their rows."""
+    """The parts of the tensor, in the order of their rows."""
 
     def read(self) -> Tensor:
-        """The whole tensor. Raises ValueError if a file cannot be read."""
+        """Read the whole tensor into memory. Raises ValueError if a file cannot be read."""
         if len(self.stored) == 1:
             return _read(self.stored[0])
         whole = torch.empty(self.shape, dtype=self.dtype)
@@ -52,18 +52,18 @@ class SavedTensor:
 
 
 SavedTensors = Mapping[str, SavedTensor]
-"""By name."""
+"""The tensors of a checkpoint, by name."""
 
 
 def files_of(folder: Path, file: str) -> list[Path]:
-    """The files of a folder that hold the tensors of `file`, whole or in parts."""
+    """The files in `folder` that hold the tensors of `file`: the file itself, or its shards."""
     return sorted(path for path in folder.glob("*.safetensors") if unsharded_name(path.name) == file)
 
 
 def find(paths: Iterable[Path], file: str) -> dict[str, SavedTensor]:
-    """The tensors of `file` that these files hold, by name.
+    """Find the tensors of `file`, by name, in the files `paths`, which are the file itself or its shards.
 
-    Raises ValueError that names a file that cannot be read, or rows that no file has.
+    Raises ValueError that names a file that cannot be read, or rows that are missing or repeated.
     """
     kind = Path(file).stem
     found: dict[str, list[_Stored]] = {}
@@ -81,7 +81,7 @@ def find(paths: Iterable[Path], file: str) -> dict[str, SavedTensor]:
                     name = key.removeprefix(f"{kind}/") if place else key
                     if wholes.setdefault(name, whole) != whole:
                         raise ValueError(
-                            f"{path.name}: {name} has a different shape or type than in the other files"
+                            f"{path.name}: {name} must have the same shape and type as in the other files"
                         )
                     found.setdefault(name, []).append(_Stored(path, key, first, shape))
         except (SafetensorError, OSError, KeyError, IndexError, TypeError) as error:
@@ -96,7 +96,9 @@ def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_S
     """Raise ValueError unless the parts contain each row of the tensor exactly once."""
     if not shape:
         if len(parts) > 1:
-            raise ValueError(f"{file}: {name} is in {parts[0].path.name} and in {parts[1].path.name}")
+            raise ValueError(
+                f"{file}: {name} must be in one file, but is in {parts[0].path.name} and {parts[1].path.name}"
+            )
         return
     row = 0
     for part in parts:
@@ -105,14 +107,18 @@ def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_S
                 f"{part.path.name}: {name} repeats rows from row {part.first} on, which another file holds"
             )
         if part.first > row:
-            raise ValueError(f"{file}: no file has rows {row} to {part.first - 1} of {name}")
+            raise ValueError(
+                f"{file}: no file has rows {row} to {part.first - 1} of {name}; the checkpoint is incomplete"
+            )
         if part.shape[1:] != shape[1:]:
             raise ValueError(
                 f"{part.path.name}: rows of {name} must have shape {shape[1:]}, got {part.shape[1:]}"
             )
         row += part.shape[0]
     if row != shape[0]:
-        raise ValueError(f"{file}: no file has rows {row} to {shape[0] - 1} of {name}")
+        raise ValueError(
+            f"{file}: no file has rows {row} to {shape[0] - 1} of {name}; the checkpoint is incomplete"
+        )
 
 
 def _read(part: _Stored) -> Tensor:
@@ -125,5 +131,5 @@ def _read(part: _Stored) -> Tensor:
 
 
 def read(tensors: SavedTensors) -> dict[str, Tensor]:
-    """Read all tensors into memory. Raises ValueError if a file cannot be read."""
+    """Read all tensors into memory, by name. Raises ValueError if a file cannot be read."""
     return {name: tensor.read() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What a model is conditioned on besides its ids: the embeddings of a first pass, or a learned stand-in."""
+"""What a model is conditioned on besides its ids: the embeddings of a first pass, or a null embedding."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from typing import Literal
 from torch import Tensor
 
 Conditioning = Tensor | Literal["null"] | None
-"""The embeddings of a first pass, [b, n, d]; the null embedding in their place; or no self-conditioning."""
+"""The embeddings of a first pass, of shape [b, n, d]; "null" for the null embedding; None for neither."""

@@ -1,7 +1,7 @@
 """The masked positions of a logical batch, and the ids that the model sees there.
 
-Each draw belongs to a sequence, or to a position counted from the start of its sequence, so it does not
-depend on how the batch is split.
+Each random draw belongs to a sequence, or to a position counted from the start of its sequence, so it does
+not depend on how the batch is split.
 
 Letters: s sequences of the logical batch, b sequences of a part, n positions.
 """
@@ -23,7 +23,7 @@ from maskwire_server.training.tensor_batch import TensorBatch
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a model: those of data, and the special ones."""
+    """The ids of a model: the number of ids, the mask id, and the pad id if there is one."""
 
     num_tokens: int
     mask_id: int
@@ -31,18 +31,18 @@ class Vocabulary:
 
     @staticmethod
     def of(config: ModelConfig) -> Vocabulary:
-        """The vocabulary of a model."""
+        """The vocabulary that a model's configuration describes."""
         return Vocabulary(config.num_tokens, config.mask_id, config.pad_id)
 
     @property
     def special(self) -> list[int]:
-        """The ids that are not data, ascending: the mask id, and the pad id if there is one."""
+        """The special ids in ascending order: the mask id, and the pad id if there is one."""
         return sorted({self.mask_id} | ({self.pad_id} if self.pad_id is not None else set()))
 
 
 @dataclass(frozen=True)
 class StepKey:
-    """Identifies a training step for its random draws."""
+    """Identifies a training step in the keys of its random draws."""
 
     seed: int
     lineage: int
@@ -51,7 +51,7 @@ class StepKey:
 
 @dataclass(frozen=True)
 class Corruption:
-    """Masked sequences."""
+    """Sequences with their masks, and the ids that the model sees."""
 
     ids_bn: Tensor
     """int64, 0 under padding."""
@@ -60,21 +60,21 @@ class Corruption:
     maskable_bn: Tensor
     """bool: valid and not part of a prompt."""
     mask_bn: Tensor
-    """bool: the model must predict it."""
+    """bool: the positions that the model must predict."""
     input_bn: Tensor
     """int64: what the model sees."""
     n_b: Tensor
-    """int64: maskable positions."""
+    """int64: the number of maskable positions."""
     k_b: Tensor
-    """int64: masked positions."""
+    """int64: the number of masked positions."""
 
     def to(self, device: torch.device) -> Corruption:
-        """The same sequences on a device."""
+        """Copy the sequences to a device."""
         return Corruption(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
 
 def empty_part(device: torch.device) -> Corruption:
-    """One position that cannot be masked: a rank that has no rows left computes it."""
+    """Make a sequence of one position that cannot be masked, for a rank that has no rows left to compute."""
     ids, no = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool)
     count = torch.zeros(1, dtype=torch.int64)
     return Corruption(ids, ~no, no, no, ids, count, count).to(device)
@@ -92,11 +92,11 @@ class Masking:
     vocabulary: Vocabulary
     step: StepKey
     n_s: Tensor
-    """int64: maskable positions."""
+    """int64: the number of maskable positions."""
     fraction_s: Tensor
     """fp64: the masked fraction m(t) at each sequence's time t."""
     k_s: Tensor
-    """int64: masked positions."""
+    """int64: the number of masked positions."""
 
     @staticmethod
     def of(
@@ -107,10 +107,10 @@ class Masking:
         parts: Iterable[Part],
         schedule: masking_schedule.Schedule | None = None,
     ) -> Masking:
-        """Draw the times and counts of a batch. `schedule` overrides the configured one.
+        """Draw the times and counts of a batch. `schedule` overrides the configured schedule.
 
         `parts` must contain all sequences: with Bernoulli masking, each part is masked on the batch's device,
-        and the counts come from the masks.
+        and the counts come from these masks.
         """
         at, n_s = (step.seed, step.lineage, step.number), batch.maskable_s
         chosen = schedule or masking_schedule.named(config.schedule)
@@ -127,7 +127,7 @@ class Masking:
         return masking
 
     def mask(self, row_b: list[int], maskable_bn: Tensor) -> Tensor:
-        """The positions of some sequences that the model must predict, bool [b, n]."""
+        """Choose the positions to predict in the sequences `row_b`, as a bool tensor of shape [b, n]."""
         step, device = self.step, maskable_bn.device
         keys_b = draws.keys(Purpose.MASK, step.seed, step.lineage, step.number, rows=row_b).to(device)
         if self.config.masking == "exact":
@@ -136,7 +136,7 @@ class Masking:
         return maskable_bn & (_by_order(keys_b, maskable_bn) < fraction_b[:, None])
 
     def corrupt(self, row_b: list[int], ids_bn: Tensor, valid_bn: Tensor, maskable_bn: Tensor) -> Corruption:
-        """Mask some sequences, on their device."""
+        """Mask the sequences `row_b`, on the device of their tensors."""
         mask_bn = self.mask(row_b, maskable_bn)
         input_bn = torch.where(mask_bn, self.vocabulary.mask_id, ids_bn)
         if self.config.augments:
@@ -145,16 +145,17 @@ class Masking:
 
 
 def _by_order(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
-    """A uniform number for each position, fp64 [b, n]: a row's i-th number for its i-th maskable position.
+    """A uniform random number in [0, 1) for each position, as an fp64 tensor of shape [b, n].
 
-    So padding and prompts do not change the draws of a row.
+    The i-th maskable position of a row gets the i-th number of the row's key, so that padding and prompts do
+    not change the draws of a row.
     """
     order_bn = (maskable_bn.cumsum(-1) - 1).clamp(min=0)
     return draws.uniform(keys_b, maskable_bn.shape[1]).gather(1, order_bn)
 
 
 def random_ranks(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
-    """The rank of each maskable position in a random order, int64 [b, n]. Other positions rank last."""
+    """The ranks of the maskable positions in random order; the others rank last. int64, shape [b, n]."""
     numbers_bn = _by_order(keys_b, maskable_bn).masked_fill(~maskable_bn, 2.0)
     order_bn = numbers_bn.argsort(-1)
     rank = torch.arange(numbers_bn.shape[1], device=order_bn.device).expand_as(order_bn)
@@ -162,12 +163,15 @@ def random_ranks(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
 
 
 def mask_exactly(keys_b: Tensor, maskable_bn: Tensor, k_b: Tensor) -> Tensor:
-    """The k maskable positions with the lowest random numbers, bool [b, n]."""
+    """Choose k random maskable positions in each row, as a bool tensor of shape [b, n]."""
     return random_ranks(keys_b, maskable_bn) < k_b[:, None]
 
 
 def coin(step: StepKey, which: int, probability: float) -> bool:
-    """Toss a coin for the whole batch. `which`: 0 for kept ids, 1 for random ids, 2 for the first pass."""
+    """Whether a random event of the given probability happens to the whole batch of a step.
+
+    `which` is the event: 0 keeps ids, 1 draws random ids, 2 runs the first pass of self-conditioning.
+    """
     return draws.uniform_scalar(Purpose.COINS, step.seed, step.lineage, step.number, which) < probability
 
 
@@ -190,7 +194,7 @@ def _augment(input_bn: Tensor, ids_bn: Tensor, mask_bn: Tensor, row_b: list[int]
 
 
 def random_ids(u: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Ids of data, all equally likely, from uniform numbers in [0, 1). int64, in the shape of u."""
+    """Map uniform numbers `u` in [0, 1) to equally likely ids of data: int64, in the shape of `u`."""
     special = vocabulary.special
     ids = (u * (vocabulary.num_tokens - len(special))).to(torch.int64)
     for skipped in special:  # ascending, because skipping one id can lead to the next one

@@ -6,7 +6,7 @@ With logits z = x w^T + b, p = softmax(z), t the target and a weight c for each 
     dL/dx = c (p - onehot(t)) w,                 dL/dw = sum over m of (p - onehot(t)) (c x)^T,
     dL/db = sum over m of c (p - onehot(t)),
 
-so the gradients of a chunk are computed together with its logits, and no tensor of size [m, v] is kept for
+so that the gradients of a chunk can be computed with its logits, and no tensor of size [m, v] is kept for
 the backward pass (the idea of Hsu et al. 2024, Liger kernel, and Wijmans et al. 2024, Cut Cross-Entropy).
 
 Letters: m packed positions, d dim, v vocabulary.
@@ -31,12 +31,12 @@ Look = Callable[[slice, Tensor], None]
 
 
 def chunk_rows(v: int, device: torch.device) -> int:
-    """The number of positions whose logits are computed together."""
+    """The number of positions whose logits, for a vocabulary of `v` ids, are computed together."""
     return max(1, CHUNK[device.type] // v)
 
 
 def chunks(m: int, v: int, device: torch.device) -> Iterator[slice]:
-    """The chunks of positions whose logits are computed together."""
+    """Yield slices of the `m` positions. The logits of each slice are computed together."""
     size = chunk_rows(v, device)
     return (slice(start, min(start + size, m)) for start in range(0, m, size))
 
@@ -47,7 +47,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Logits in at least fp32, with probability 0 for the mask and the pad id. May change its argument."""
+    """Return logits in at least fp32, with -inf for the mask and pad ids. May change its argument."""
     return _forbid(logits_mv, torch.tensor(vocabulary.special, device=logits_mv.device))
 
 
@@ -58,7 +58,10 @@ def _forbid(logits_mv: Tensor, index: Tensor) -> Tensor:
 def weighted_sum(
     head: Head, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
 ) -> Tensor:
-    """The weighted sum of cross-entropies: an fp64 scalar with gradients for the head's tensors."""
+    """The weighted sum of cross-entropies, in nats: an fp64 scalar with gradients for the head's tensors.
+
+    `look` is called with the positions and logits of each chunk.
+    """
     x_md, w_vd, bias_v = head
     if w_vd is None:
         return _of_logits(x_md, target_m, weight_m, vocabulary, look)
@@ -73,7 +76,7 @@ def weighted_sum(
 def _of_logits(
     logits_mv: Tensor, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
 ) -> Tensor:
-    """The same from logits that the model computed itself, all in memory at once."""
+    """Compute `weighted_sum` from logits that the model computed itself, all in memory at once."""
     logits_mv = forbid_special(logits_mv.clone(), vocabulary)
     if look is not None:
         m, v = logits_mv.shape
@@ -84,7 +87,7 @@ def _of_logits(
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Computes the gradients together with the sum. The backward pass returns them, once."""
+    """Computes the weighted sum together with its gradients, which the backward pass returns once."""
 
     @staticmethod
     def forward(
@@ -110,7 +113,7 @@ class _WeightedSum(torch.autograd.Function):
             b = None if bias_v is None else aligned(bias_v.to(dtype))
             columns = w.shape[0]
             forbidden = torch.tensor([*vocabulary.special, *range(v, columns)], device=device)
-            # None: w is frozen.
+            # grad_w is None if w is frozen.
             grad_w = w_vd.new_zeros(columns, w_vd.shape[1]) if learns and w_vd.requires_grad else None
             # All chunks share two buffers: allocating new memory would take as long as the softmax.
             products, log_ps = (

@@ -1,4 +1,4 @@
-"""Which errors leave the device usable, and which do not.
+"""Decides whether an error leaves the device usable.
 
 After an illegal memory access, a failed assertion in a kernel, or an uncorrectable memory error, the process
 has lost its context on the device: every later call fails with the same error until the process ends.
@@ -31,7 +31,7 @@ _LOST = (
 
 
 def usable_after(error: BaseException, device: torch.device) -> bool:
-    """Whether the device can compute after an error. After an unknown one, a small computation tests it."""
+    """Whether the device can still compute after an error. An unknown error is tested by a computation."""
     errors = list(_chain(error)) if device.type != "cpu" else _of_accelerator(error)
     if any(words in str(each) for each in errors for words in _LOST):
         return False
@@ -49,25 +49,25 @@ def usable_after(error: BaseException, device: torch.device) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the host for the CPU, has no memory left."""
+    """Whether an error says that the memory of the device or, on the CPU, of the host is exhausted."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def probe(device: torch.device) -> None:
-    """Compute 1 + 1 on the device and wait for the result."""
+    """Compute 1 + 1 on the device and wait for the result. Raises RuntimeError if this fails."""
     if torch.ones(1, device=device).add_(1).item() != 2:
-        raise RuntimeError(f"{device} computed 1 + 1 wrongly")
+        raise RuntimeError(f"{device} gave a wrong result for 1 + 1; use another device")
 
 
 def _of_accelerator(error: BaseException) -> list[BaseException]:
-    """The accelerator's errors in the chain of an error: a model on the CPU may still use an accelerator."""
+    """The accelerator's errors in the chain of an error. A model on the CPU may still use an accelerator."""
     return [each for each in _chain(error) if isinstance(each, torch.AcceleratorError)]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and the errors that led to it: torch's own error is often not the last one raised."""
+    """Yield the error and the errors that led to it, because torch's error is often not the last raised."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def device_memory() -> dict[str, int]:
-    """Bytes by kind.
+    """Return numbers of bytes by kind of memory.
 
-    On the GPUs of this process: `allocated` to tensors, `reserved` by torch's allocator, `peak` of the
-    allocated, and their `total`. Otherwise `resident`, the memory of this process. Empty where the system
-    does not say.
+    If this process uses GPUs, the kinds are `allocated` (to tensors), `reserved` (by torch's allocator),
+    `peak` (the most that was allocated at a time) and `total` (the memory of these GPUs). Otherwise the only
+    kind is `resident`, the memory of this process. The result is empty if the system does not report it.
     """
-    torch = sys.modules.get("torch")  # a server that has not loaded it yet has used no device
+    torch = sys.modules.get("torch")  # a server that has not imported torch yet has used no device
     if torch is not None and torch.cuda.is_initialized():
         devices = [each for each in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(each)]
         return {

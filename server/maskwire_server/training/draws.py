@@ -1,8 +1,8 @@
 """Counter-based random numbers: each draw is a function of its purpose, not of earlier draws.
 
 A key is a hash of (purpose, seed, lineage, step, row), and the i-th number of a key is a hash of the key and
-i. So the draws of a step are the same bits on every device, however its batch is split, and there is no
-generator state to save.
+i. Therefore the draws of a step are the same bits on every device, however its batch is split, and there is
+no generator state to save.
 
 SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the i-th
 output is mix(key + i * golden), where mix is David Stafford's variant 13 of MurmurHash3's finaliser.
@@ -49,12 +49,12 @@ def _hash(purpose: Purpose, parts: tuple[int, ...]) -> hashlib.blake2b:
 
 
 def key(purpose: Purpose, *parts: int) -> int:
-    """The 64-bit key for a purpose and integers, as a signed integer."""
+    """The 64-bit key for a purpose and the integers `parts`, as a signed integer."""
     return int.from_bytes(_hash(purpose, parts).digest(), "little", signed=True)
 
 
 def keys(purpose: Purpose, *parts: int, rows: range | list[int]) -> Tensor:
-    """One key per row, int64 [b]: H(purpose, parts…, row)."""
+    """One key per row, a hash of (purpose, *parts, row), as an int64 tensor of shape [b]."""
     common, pack = _hash(purpose, parts), struct.Struct("<q").pack
     found = []
     for row in rows:
@@ -75,21 +75,21 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def bits(keys_b: Tensor, n: int) -> Tensor:
-    """The first n numbers of each key, int64 [b, n], with 64 random bits."""
+    """The first n random numbers of 64 bits of each key, as an int64 tensor of shape [b, n]."""
     counter_n = torch.arange(1, n + 1, dtype=torch.int64, device=keys_b.device) * _GOLDEN
     return _mix(keys_b[:, None] + counter_n)
 
 
 def nth(keys_b: Tensor, i: int) -> Tensor:
-    """The i-th number of each key, counted from 1, int64 [b]. It can serve as a new key, as in SplitMix64."""
+    """The i-th number of each key, for i >= 1: int64, of shape [b]. It can serve as a new key."""
     return _mix(keys_b + torch.tensor(i, dtype=torch.int64, device=keys_b.device) * _GOLDEN)
 
 
 def uniform(keys_b: Tensor, n: int) -> Tensor:
-    """The first n numbers of each key in [0, 1), fp64 [b, n], from the upper 53 bits."""
+    """The first n uniform numbers in [0, 1) of each key, with 53 random bits: fp64, of shape [b, n]."""
     return _shift_right(bits(keys_b, n), 11).to(torch.float64) * 2.0**-53
 
 
 def uniform_scalar(purpose: Purpose, *parts: int) -> float:
-    """One number in [0, 1)."""
+    """One uniform number in [0, 1) for a purpose and the integers `parts`."""
     return float(uniform(torch.tensor([key(purpose, *parts)]), 1))

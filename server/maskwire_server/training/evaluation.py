@@ -7,8 +7,8 @@ to n,
 
     negative ELBO of a row = sum over k of (1/k) E[CE sum at k masked] = E[(n/k) CE sum].
 
-The K draws are two halves, each a systematic sample with a u of its own. Their difference gives the Monte
-Carlo error.
+The K draws consist of two halves, each a systematic sample with its own u. The difference of the halves gives
+the Monte Carlo error.
 
 Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positions, m masked positions.
 """
@@ -37,7 +37,7 @@ from maskwire_server.training.tensor_batch import TensorBatch
 
 @dataclass(frozen=True)
 class DrawSums:
-    """The sums over the positions of each draw of each row, fp64 [r, d]."""
+    """Sums over positions, for each draw of each row: fp64 tensors of shape [r, d]."""
 
     ce: Tensor
     """Cross-entropy over masked positions, in nats."""
@@ -50,14 +50,20 @@ class DrawSums:
 
 
 def systematic_counts(n_r: Tensor, u_r: Tensor, count: int) -> Tensor:
-    """k_j = floor(n (j + u)/K) + 1, int64 [r, K]; 0 where n = 0."""
+    """Compute `count` numbers of masked positions for each row, by systematic sampling with offset u.
+
+    They are k_j = floor(n (j + u)/K) + 1, or 0 where n = 0, with K = `count`: int64, of shape [r, K].
+    """
     j_d = torch.arange(count, dtype=torch.float64)
     k_rd = torch.floor(n_r[:, None] * (j_d + u_r[:, None]) / count).to(torch.int64) + 1
     return torch.minimum(k_rd, n_r[:, None])  # rounding can reach n + 1
 
 
 def draw_counts(n_r: Tensor, row_ids: list[int], seed: int, count: int) -> Tensor:
-    """The counts of both halves, int64 [r, d]. They depend only on the seed and the id of the row."""
+    """The number of masked positions of each draw of each row, as an int64 tensor of shape [r, d].
+
+    The draws depend only on the seed and the ids of the rows.
+    """
     first, second = halves(count)
     offset = draws.uniform(draws.keys(Purpose.EVALUATION_OFFSET, seed, rows=row_ids), 1)[:, 0]
     again = draws.uniform(draws.keys(Purpose.EVALUATION_SECOND_OFFSET, seed, rows=row_ids), 1)[:, 0]
@@ -83,9 +89,8 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
 
-    `smallest` as in `split_by_length`.
-
-    `wanted` is called before each part. If it returns False, Unwanted is raised.
+    `smallest` is the number of positions from which a part may end early; see `split_by_length`. `wanted` is
+    called before each part. If it returns False, Unwanted is raised.
     """
     n_r = batch.maskable_s
     k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
@@ -112,7 +117,7 @@ def _parts(
     smallest: int,
     critic: bool,
 ) -> Iterator[tuple[list[int], Corruption, Tensor, Tensor]]:
-    """The parts of the pseudo-rows, with the keys and temperatures of the critic's samples."""
+    """Yield the pseudo-rows in parts, with the keys and temperatures for sampling the critic's inputs."""
     d = k_rd.shape[1]
     length_b = [length for length in batch.lengths for _ in range(d)]
     for where, longest in split_by_length(length_b, range(len(length_b)), budget, smallest):
@@ -152,7 +157,7 @@ def _part_sums(
     temperature_b: Tensor,
     critic: bool,
 ) -> Tensor:
-    """The four sums of each pseudo-row, fp64 [4, b]."""
+    """Compute the four sums in `DrawSums` for each pseudo-row, as an fp64 tensor of shape [4, b]."""
     device = part.ids_bn.device
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
     b, n = part.ids_bn.shape
@@ -192,7 +197,7 @@ def figures(
     has_critic: bool,
     ema_weights: bool,
 ) -> EvalResult:
-    """The results of an evaluation, from the sums of its draws."""
+    """Compute the results of an evaluation from the sums of its draws."""
     n = n_r.double()
     nats_rd = torch.where(k_rd > 0, n[:, None] / k_rd.clamp(min=1) * sums.ce, 0.0)
     nats, weight = float(nats_rd.mean(1).sum()), float(n.sum())
@@ -221,7 +226,7 @@ def figures(
 
 
 def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
-    """n P(k): the probability of a count in training, divided by that in evaluation; 0 where n = 0."""
+    """The probability P(k) of each count in training over 1/n in evaluation: n P(k), or 0 where n = 0."""
     n_rd = n_r[:, None].expand_as(k_rd)
     probabilities = (
         masking_schedule.exact_probabilities

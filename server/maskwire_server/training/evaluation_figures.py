@@ -1,4 +1,4 @@
-"""The results of an evaluation, from the sums over its passes. All in fp64.
+"""Computes the results of an evaluation from the sums over its passes, in fp64.
 
 Letters: r rows, d draws.
 """
@@ -20,17 +20,17 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bins:
-    """Predicted positions, grouped by the masked fraction of their row, fp64 [BINS] each."""
+    """Sums over predicted positions by the masked fraction of their row: fp64, of shape [BINS] each."""
 
     predicted: Tensor
     ce: Tensor
-    """Their cross-entropy, in nats."""
+    """The cross-entropy of the predicted positions, in nats."""
     correct: Tensor
-    """The number of them whose most probable id is right."""
+    """The number of predicted positions whose most probable id is right."""
 
     @staticmethod
     def collect(k: Tensor, n: Tensor, predicted: Tensor, ce: Tensor, correct: Tensor) -> Bins:
-        """Sum over passes with k of n positions masked. All arguments have the same shape. Ignores k = 0."""
+        """Sum the passes with k > 0 of n positions masked, by k/n. All arguments have the same shape."""
         # ceil(10 k/n) - 1, computed in integers, so that rounding does not move k/n = 0.3 into (0.3, 0.4].
         index = ((k * BINS + n - 1) // n.clamp(min=1) - 1).clamp(min=0).flatten()
         here = (k > 0).flatten()
@@ -42,7 +42,7 @@ class Bins:
         return Bins(added(predicted), added(ce), added(correct))
 
     def results(self) -> tuple[FractionResult, ...]:
-        """The result of each interval, in ascending order."""
+        """The result of each interval of masked fractions, in ascending order."""
         found = []
         columns = zip(self.predicted.tolist(), self.ce.tolist(), self.correct.tolist(), strict=True)
         for index, (predicted, ce, correct) in enumerate(columns):
@@ -59,7 +59,7 @@ class Bins:
 
 
 def halves(count: int) -> tuple[int, int]:
-    """The number of draws in each half. A single draw has no second half."""
+    """Divide a number of draws into two halves. A single draw has no second half."""
     return count - count // 2, count // 2
 
 
@@ -74,10 +74,10 @@ def summarize(
     critic_accuracy: float | None,
     ema_weights: bool,
 ) -> EvalResult:
-    """The results of an evaluation.
+    """Assemble the results of an evaluation.
 
-    `nats_rd` are the estimates of each row's nats by each draw, fp64, and `n_r` the numbers of maskable
-    positions. Raises Diverged if the losses are not finite.
+    `nats_rd` is the estimate of each row's nats by each draw, fp64 of shape [r, d]. `n_r` is the number of
+    maskable positions of each row. Raises Diverged if the losses are not finite.
     """
     if not (bool(nats_rd.isfinite().all()) and math.isfinite(losses.loss)):
         raise Diverged("the weights have diverged: the losses are not finite")
@@ -112,7 +112,7 @@ def summarize(
 
 
 def combine(generator: float, critic: float | None, weight: float, only_critic: bool) -> Losses:
-    """The losses that are sent to the client. A loss that was not computed is None."""
+    """Combine the losses of generator and critic for the client. A loss that was not computed is None."""
     if critic is None:
         return Losses(generator, generator)
     if only_critic:
@@ -121,10 +121,11 @@ def combine(generator: float, critic: float | None, weight: float, only_critic: 
 
 
 def standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | None:
-    """The standard error of the ratio sum L / sum n over rows (Cochran 1977, 6.4). None for a single row.
+    """The standard error of the nats per token, sum L / sum n over rows (Cochran 1977, 6.4).
 
-    To first order, the estimate r and the true ratio R differ by r - R = sum (L - R n) / sum n, a sum of
-    independent terms with mean 0. Their variance is estimated with r instead of R, which the factor
+    L is the nats and n the number of maskable positions of a row. None if fewer than two rows have maskable
+    positions. To first order, the estimate r and the true ratio R differ by r - R = sum (L - R n) / sum n, a
+    sum of independent terms with mean 0. Their variance is estimated with r instead of R, which the factor
     rows/(rows - 1) corrects.
     """
     rows = int((n_r > 0).sum())
@@ -135,11 +136,11 @@ def standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | Non
 
 
 def half_differences(nats_rd: Tensor) -> Tensor | None:
-    """The mean of the first half of the draws minus that of the second, fp64 [r]. None for a single draw.
+    """The mean of the first half of the draws minus the mean of the second half; None for a single draw.
 
-    It is scaled by 2 sqrt(ab)/K for halves of a and b of K draws (1 if they are equal), so that a quarter of
-    its square estimates the variance of the mean over all draws. If s² is the variance of a draw, the mean
-    has the variance s²/K, and the difference has s²(1/a + 1/b) = s² K/(ab).
+    An fp64 tensor of shape [r]. It is scaled by 2 sqrt(ab)/K for halves of a and b of K draws (1 if they are
+    equal), so that a quarter of its square estimates the variance of the mean over all draws. If s² is the
+    variance of a draw, the mean has the variance s²/K, and the difference has s²(1/a + 1/b) = s² K/(ab).
     """
     first, second = halves(nats_rd.shape[1])
     if not second:

@@ -15,7 +15,7 @@ from maskwire_server.training.numerics import choose_device, default_budget
 
 @dataclass(frozen=True)
 class Term:
-    """A product in words, and its value in bytes."""
+    """A product, written out in words, and its value in bytes."""
 
     words: str
     size: int
@@ -37,7 +37,7 @@ class Footprint:
 def footprint(
     model: ModelConfig, objective: ObjectiveConfig, optimizer: OptimizerConfig, serve: ServeConfig
 ) -> Footprint:
-    """Report parameters, memory and micro-batches.
+    """Report the parameters, the memory and the micro-batches of a configuration.
 
     Raises ConfigError if the device does not exist or `optimizer.groups` does not fit the parameters.
     """
@@ -89,10 +89,10 @@ def footprint(
 def of_activations(
     model: ModelConfig, objective: ObjectiveConfig, serve: ServeConfig, networks: Networks, positions: int
 ) -> Term:
-    """What a micro-batch keeps for its backward pass: words for one position, bytes for all `positions`.
+    """The activations that a micro-batch of `positions` positions keeps for its backward pass.
 
-    Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
-    the feed-forward's width.
+    The words describe one position, the bytes are those of all positions. Per position, a block keeps about 8
+    vectors of size dim (norms, q, k, v, attention, residuals) and 2 of the feed-forward's width.
     """
     dim, depth = model.dim, model.depth
     if model.source != "encoder":  # an estimate for a block of the usual shape
@@ -109,7 +109,10 @@ def of_activations(
 
 
 def of_logits(model: ModelConfig, device: torch.device, all_of: int | None = None) -> Term:
-    """Logits, computed in chunks (the product, fp32 logits, their log softmax), or at `all_of` positions."""
+    """The memory of the logits, which are computed in chunks or, if given, at `all_of` positions at once.
+
+    Three copies count: the matrix product, the fp32 logits, and their log softmax.
+    """
     rows = all_of or cross_entropy.chunk_rows(model.num_tokens, device)
     at = f"{rows:,} masked positions computed together"
     if all_of:
@@ -118,7 +121,7 @@ def of_logits(model: ModelConfig, device: torch.device, all_of: int | None = Non
 
 
 def gives_logits(model: ModelConfig, objective: ObjectiveConfig) -> bool:
-    """Whether the logits are no linear map of an embedding. Builds and runs the model on the CPU."""
+    """Whether the model gives logits itself, not embeddings for a linear map. Runs the model on the CPU."""
     if model.source in ("encoder", "x-transformers"):
         return False
     with torch.random.fork_rng(devices=[]):
@@ -140,5 +143,5 @@ def available(device: torch.device) -> int:
 
 
 def size_text(count: int) -> str:
-    """Bytes in MiB or GiB."""
+    """Format a number of bytes in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

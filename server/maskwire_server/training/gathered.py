@@ -1,4 +1,4 @@
-"""The whole weights of a model that is divided among ranks, for computations on one rank alone."""
+"""The full weights of a model that is divided among ranks, for computations on one rank alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from maskwire_server.training.ranks_interface import Ranks, whole
 
 
 class Gathered:
-    """The leader's copy of the weights. The other ranks take part in gathering it, and keep nothing."""
+    """The leader's full copy of the weights. The other ranks help to gather it, but keep no copy."""
 
     def __init__(self, ranks: Ranks, build: Callable[[], Networks]) -> None:
-        """`build` makes networks of the model on this rank's device; it is called once, when needed."""
+        """`build` makes networks of the model on this rank's device. It is called once, when needed."""
         self._ranks, self._build = ranks, build
         self._copy: Networks | None = None
 
@@ -34,9 +34,11 @@ class Gathered:
                 copies[name].data.copy_(full)
 
     def of(self, live: Networks) -> Networks:
-        """Networks that this rank can use alone: the copy, or the live ones of a single process."""
+        """Networks that this rank can use alone: the gathered copy or, if nothing is divided, `live`."""
         if not self._ranks.is_sharded:
             return live
         if self._copy is None:
-            raise StateLost("the weights are divided among ranks, and were not gathered on this one")
+            raise StateLost(
+                "the weights are divided among ranks, and this rank has no gathered copy; restart the server"
+            )
         return self._copy

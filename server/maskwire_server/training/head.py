@@ -1,4 +1,4 @@
-"""The output layer of a model, before its logits are computed.
+"""The operands of a model's output layer, from which the logits are computed.
 
 Letters: m packed positions, d width of the embeddings, v vocabulary.
 """
@@ -16,13 +16,13 @@ class Head(NamedTuple):
     """The operands of x w^T + b, the logits of packed positions."""
 
     x_md: Tensor
-    """[m, d], or the logits themselves, [m, v], of a model without a linear output layer."""
+    """Shape [m, d]; or, for a model without a linear output layer, the logits themselves, of shape [m, v]."""
     weight_vd: Tensor | None
-    """None: `x_md` holds the logits."""
+    """None if `x_md` holds the logits."""
     bias_v: Tensor | None = None
 
     def logits(self) -> Tensor:
-        """[m, v]."""
+        """Compute the logits of all packed positions, a tensor of shape [m, v]."""
         if self.weight_vd is None:
             return self.x_md
         v = self.weight_vd.shape[0]
@@ -38,10 +38,10 @@ def aligned(rows: Tensor | None) -> Tensor | None: ...
 
 
 def aligned(rows: Tensor | None) -> Tensor | None:
-    """Pad a weight or bias on CUDA with rows of zeros to a multiple of 8 rows, [v, ...] -> [v', ...].
+    """Pad a weight or bias on CUDA with rows of zeros to a multiple of 8 rows. Leave others unchanged.
 
     Matrix products of other sizes, such as a vocabulary of 8,193, use kernels without aligned loads, which
-    are a fifth as fast (docs/benchmarks.md, P10).
+    run at a fifth of the speed (docs/benchmarks.md, P10).
     """
     if rows is None or rows.device.type == "cpu" or rows.shape[0] % 8 == 0:
         return rows

@@ -1,13 +1,13 @@
 """Masking schedules, and the number of positions of a row that they mask.
 
-m(t) is the masked fraction at time t in [0, 1): continuous, never rising, m(0) = 1, m(1) = 0.
-With *exact* masking, a row of n positions masks k = ceil(m(t) n) of them, so that
+m(t) is the masked fraction at time t in [0, 1). It is continuous and never increases; m(0) = 1 and m(1) = 0.
+With *exact* masking, k = ceil(m(t) n) of the n positions of a row are masked, so that, for a uniform t,
 
-    P(k) = P(k-1 < m(t) n <= k) = m^-1((k-1)/n) - m^-1(k/n)         t uniform,
+    P(k) = P(k-1 < m(t) n <= k) = m^-1((k-1)/n) - m^-1(k/n),
 
-with m^-1(y) the first time at which m <= y,
+where m^-1(y) is the first time at which m <= y.
 
-and with *Bernoulli* masking k is binomial with probability m(t): P_B(k) = int_0^1 C(n,k) m^k (1-m)^(n-k) dt.
+With *Bernoulli* masking, k is binomial with probability m(t): P_B(k) = int_0^1 C(n,k) m^k (1-m)^(n-k) dt.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SCHEDULES = {schedule.name: schedule for schedule in (LINEAR, COSINE, QUADRATIC)
 
 
 def schedule_of(function: object, name: str = "custom") -> Schedule:
-    """A schedule from m alone; see `masking_schedule_function`. Raises ValueError."""
+    """Make a schedule from a user's function m(t), and derive its inverse. Raises ValueError for a bad m."""
     fraction = masking_schedule_function.checked(function, name)
     return Schedule(name, fraction, masking_schedule_function.inverse_of(fraction))
 
@@ -66,10 +66,10 @@ def named(name: str) -> Schedule:
 
 
 def fingerprint(config: ObjectiveConfig, n: int) -> str:
-    """Check the user's schedule for rows of up to n positions, and return its fingerprint.
+    """Check the configured schedule for rows of n positions, and return its fingerprint.
 
-    Raises ConfigError if weighting is elbo and some number of masked positions never occurs: the bound is a
-    sum over all of these numbers.
+    Raises ConfigError if the weighting is elbo and some number of masked positions never occurs, because the
+    bound is a sum over all these numbers.
     """
     schedule = named(config.schedule)
     if config.weighting == "elbo":
@@ -89,30 +89,37 @@ def fingerprint(config: ObjectiveConfig, n: int) -> str:
 
 
 def stratified_times(offset: float, permutation_b: Tensor) -> Tensor:
-    """t_i = (u + pi(i)/B) mod 1, fp64 [b]: one time in each of B equal intervals, rows in random order."""
+    """Draw one time in each of B equal intervals of [0, 1), for B rows in random order.
+
+    t_i = (u + pi(i)/B) mod 1, with u = `offset` and pi = `permutation_b`: fp64, of shape [b].
+    """
     rows = permutation_b.numel()
     # The result of the modulus can round up to exactly 1, where nothing would be masked.
     return ((offset + permutation_b.to(torch.float64) / rows) % 1.0).clamp(max=1 - 2.0**-53)
 
 
 def exact_counts(schedule: Schedule, t_b: Tensor, n_b: Tensor) -> Tensor:
-    """k = clamp(ceil(m(t) n), 1, n), int64 [b]; 0 where n = 0."""
+    """The number of positions of each row that exact masking masks: int64, of shape [b].
+
+    k = clamp(ceil(m(t) n), 1, n), or 0 where n = 0.
+    """
     k_b = torch.ceil(schedule.fraction(t_b) * n_b).to(torch.int64)
     return torch.minimum(k_b.clamp(min=1), n_b)
 
 
 def exact_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Tensor:
-    """P(k) of the exact count, fp64 [b]; needs 1 <= k <= n."""
+    """The probability P(k) that exact masking masks k of n positions, 1 <= k <= n: fp64, of shape [b]."""
     n = n_b.to(torch.float64)
     return schedule.inverse((k_b - 1) / n) - schedule.inverse(k_b / n)
 
 
 @functools.lru_cache(maxsize=4096)
 def _bernoulli_probability(schedule: Schedule, k: int, n: int) -> float:
-    """P_B(k) by Gauss-Legendre quadrature over s, with t = sin^2(pi s/2).
+    """The probability P_B(k) that Bernoulli masking masks k of n positions, by Gauss-Legendre quadrature.
 
-    The derivative of t vanishes at both ends, which makes the integrand smooth even if m has a square root
-    there. The integrand is a peak of width about n^(-1/2), which thousands of points resolve.
+    The integral is over s, with t = sin^2(pi s/2). The derivative of t vanishes at both ends, which makes
+    the integrand smooth even if m has a square root there. The integrand is a peak of width about n^(-1/2),
+    which thousands of points resolve.
     """
     s, weights = gauss_legendre()
     t = np.sin(np.pi / 2 * s) ** 2
@@ -124,7 +131,10 @@ def _bernoulli_probability(schedule: Schedule, k: int, n: int) -> float:
 
 
 def bernoulli_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Tensor:
-    """P_B(k), fp64 [b]; for the linear schedule, int C(n,k) m^k (1-m)^(n-k) dm = 1/(n+1)."""
+    """The probability P_B(k) that Bernoulli masking masks k of n positions: fp64, of shape [b].
+
+    For the linear schedule, it is int C(n,k) m^k (1-m)^(n-k) dm = 1/(n+1).
+    """
     if schedule is LINEAR:
         return 1 / (n_b + 1).to(torch.float64)
     pairs = zip(k_b.tolist(), n_b.tolist(), strict=True)
@@ -132,11 +142,11 @@ def bernoulli_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Ten
 
 
 def elbo_weights(schedule: Schedule, masking: str, k_b: Tensor, n_b: Tensor) -> Tensor:
-    """w = 1/(k P(k)), fp64 [b], 0 where nothing is masked.
+    """The weights of the rows' losses in the ELBO: w = 1/(k P(k)), or 0 where nothing is masked.
 
-    The negative ELBO of a row is sum over k of (1/k) E[sum of CE over a random set of k masked positions]:
-    the order-agnostic likelihood (Uria et al. 2014, Hoogeboom et al. 2022). If k is drawn with probability
-    P(k), the weight 1/(k P(k)) makes the estimate unbiased.
+    An fp64 tensor of shape [b]. The negative ELBO of a row is sum over k of (1/k) E[sum of CE over a random
+    set of k masked positions], the order-agnostic likelihood (Uria et al. 2014, Hoogeboom et al. 2022). If k
+    is drawn with probability P(k), the weight 1/(k P(k)) makes the estimate unbiased.
     """
     masked = k_b > 0
     k, n = k_b.clamp(min=1), n_b.clamp(min=1)

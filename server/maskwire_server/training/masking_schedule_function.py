@@ -11,30 +11,33 @@ from torch import Tensor
 from maskwire_server.training.user_code import one_line
 
 Fraction = Callable[[Tensor], Tensor]
-"""m: times -> masked fractions, fp64 in the shape of the times."""
+"""The function m. It maps times to masked fractions, fp64 in the shape of the times."""
 
 INTERVALS = 1000
 """A schedule is checked at the times i/1000. At times that are binary fractions, the values of a polynomial
 would be binary fractions too, and could lie exactly on the border between two units of the fingerprint."""
 ENDS = 1e-6
 """How far m(0) may be from 1, m(1) from 0, and any value outside [0, 1]."""
-_NOISE = 1e-9  # rounding errors of a function that is constant somewhere
+_NOISE = 1e-9  # a rise up to this size counts as a rounding error
 _PARTS, _ROUNDS = 16, 15  # 16^-15 = 2^-60, below the rounding error of a time
 
 
 def grid() -> Tensor:
-    """The times of the checks, fp64 [1001]."""
+    """The 1,001 times i/1000 at which a schedule is checked, fp64 [1001]."""
     return torch.arange(INTERVALS + 1, dtype=torch.float64) / INTERVALS
 
 
 def checked(function: object, name: str) -> Fraction:
-    """m from the user's function, clamped to [0, 1]. Raises ValueError that names the time and the value.
+    """Check the user's function m, and return it clamped to [0, 1].
 
-    m may be constant over an interval. P(k) in `masking_schedule` is then still right, because the inverse is
-    the first time at which at most a fraction is masked.
+    Raises ValueError if a check fails. If a value is wrong, the error shows the time and the value. m may be
+    constant over an interval: P(k) in `masking_schedule` is still right, because the inverse of m gives the
+    first time at which at most a given fraction is masked.
     """
     if not callable(function):
-        raise ValueError(f"{name} must be a function of the times, got {type(function).__name__}")
+        raise ValueError(
+            f"{name} must be a function that takes a tensor of times, got {type(function).__name__}"
+        )
     times = grid()
     values = _values(function, name, times)
     _check_values(values, times, name)
@@ -50,8 +53,8 @@ def checked(function: object, name: str) -> Fraction:
     for others, at in ((backwards, slice(None)), (alone, some)):
         if not torch.allclose(values[at], others, rtol=0, atol=1e-12):
             raise ValueError(
-                f"{name} must compute each value from its own time alone, but it depends on the other times "
-                f"of the call: {_difference(values[at], others, times[at])}"
+                f"{name} must compute each value from its own time alone, but the values depend on the other "
+                f"times of the call: {_difference(values[at], others, times[at])}"
             )
 
     def fraction(t: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def _values(function: Callable[[Tensor], object], name: str, times: Tensor) -> T
         raise ValueError(f"{expected}, got shape {list(values.shape)}")
     if values.dtype != torch.float64 or values.device.type != "cpu":
         kind = str(values.dtype).removeprefix("torch.")
-        raise ValueError(f"{expected}, got {kind} on {values.device}: compute in the type of the times")
+        raise ValueError(f"{expected}, got {kind} on {values.device}; compute in fp64 on the CPU")
     return values
 
 
@@ -110,10 +113,10 @@ def _difference(values: Tensor, others: Tensor, times: Tensor) -> str:
 
 
 def inverse_of(fraction: Fraction) -> Fraction:
-    """m^-1: masked fraction -> the first time at which at most that fraction is masked.
+    """The inverse of m. It maps a fraction to the first time at which at most that fraction is masked.
 
-    The search works like bisection, but each round divides the interval into 16 parts instead of 2. It needs
-    a quarter of the calls, and with few rows the overhead of each call dominates.
+    The search works like bisection, but each round divides the interval into 16 parts instead of 2. This
+    needs a quarter of the calls to m, and the overhead of the calls dominates when there are few rows.
     """
     inner = torch.arange(1, _PARTS, dtype=torch.float64)
 
@@ -130,12 +133,12 @@ def inverse_of(fraction: Fraction) -> Fraction:
 
 
 def fingerprint(fraction: Fraction) -> str:
-    """The SHA-256 of m on the grid, in units of 2^-24, hexadecimal.
+    """The SHA-256, in hexadecimal, of the values of m at the times of `grid`.
 
-    Another processor or version of torch may round the last bits of cos or exp differently, which must not
-    prevent a run from starting. Values are rounded down to units: a fingerprint changes only if a border
-    between two units lies within the rounding error of a value, which has a probability below 1e-5 for the
-    whole grid. The offset keeps simple functions away from the borders.
+    The values are rounded down to units of 2^-24. Another processor or version of torch may round the last
+    bits of cos or exp differently, and this must not prevent a run from starting. The fingerprint changes
+    only if a border between two units lies within the rounding error of a value: for the whole grid, the
+    probability is below 1e-5. The offset keeps the values of simple functions away from the borders.
     """
     units = torch.floor(fraction(grid()) * 2**24 + 0.381966).to(torch.int32)
     return hashlib.sha256(units.numpy().astype("<i4").tobytes()).hexdigest()

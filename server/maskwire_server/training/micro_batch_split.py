@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 Part = tuple[list[int], int]
-"""Sequences of a logical batch, and the columns of the longest of them."""
+"""The indices of some sequences of a logical batch, and the number of columns of the longest of them."""
 
 
 def split(lengths: Iterable[int], budget: int) -> Iterator[Part]:
-    """Split into parts of consecutive sequences: at most `budget` positions with padding, or one sequence."""
+    """Split sequences of these `lengths` into parts of consecutive sequences.
+
+    A part has at most `budget` positions, padding included, or is a single sequence.
+    """
     start = stop = longest = 0
     for length in lengths:
         if stop > start and max(longest, length) * (stop + 1 - start) > budget:
@@ -25,9 +28,10 @@ def split_by_length(
 ) -> Iterator[Part]:
     """Split the chosen sequences, longest first, into parts of at most `budget` positions.
 
-    Once a part has `smallest` positions, it ends before a sequence shorter than 3/4 of its longest. Each
-    sequence added from then on has at most a quarter of padding, and parts are large enough to compute
-    efficiently. A single sequence may exceed `budget`. Sequences of equal length keep their order.
+    Once a part has `smallest` positions, a sequence shorter than 3/4 of the longest in the part starts the
+    next part. Sequences that are added after that have at most a quarter of padding, and parts are large
+    enough to be computed efficiently. A single sequence may exceed `budget`. Sequences of equal length keep
+    their order.
     """
     part: list[int] = []
     for row in sorted(chosen, key=lambda row: -lengths[row]):

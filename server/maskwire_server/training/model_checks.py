@@ -1,4 +1,4 @@
-"""Checks, before training, of a model that maskwire did not build.
+"""Check a model that maskwire did not build, before training starts.
 
 A step must be reproducible: the same state, batch and seed must give the same gradients, and computing them
 must change nothing. A row must not depend on its padding or on other rows.
@@ -25,7 +25,7 @@ from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.user_code import one_line
 
 SHORT = 16
-"""The most columns of a short batch."""
+"""The maximum number of columns of a short batch."""
 DIVIDED_TOLERANCE = 0.1
 """Largest norm of the difference between two gradients of a tensor, relative to the norm of the first.
 Another device or precision causes a smaller difference, a wrong gradient a larger one."""
@@ -42,7 +42,8 @@ def begin(
 ) -> str:
     """Load the initial weights of a model that maskwire did not build, and check the model as `check` does.
 
-    Returns the SHA-256 of the initial state, or "" for the built-in encoder. Raises ConfigError.
+    Returns the SHA-256 of the initial state, or "" for the built-in encoder. Raises ConfigError if
+    the weights cannot be loaded or a check fails.
     """
     if model.source == "encoder":
         return ""
@@ -58,10 +59,10 @@ def check(
     *,
     exact: bool,
 ) -> None:
-    """Raise ConfigError, with the reason, if steps of a model fail or cannot be reproduced.
+    """Raise ConfigError if steps of a model fail, cannot be reproduced, or mix the rows of a batch.
 
-    `step` computes the gradients of a step, with the same seed each time. `exact`: the same step must give
-    the same bits on this device.
+    `step` computes the gradients of a batch, with the same seed at each call. With `exact`, two calls for the
+    same batch must give the same bits; otherwise, they may differ by rounding.
     """
     vocabulary = Vocabulary.of(model)
     longest, ragged = _longest(model, vocabulary), _ragged(model.max_seq_len, vocabulary)
@@ -93,40 +94,40 @@ State = dict[str, tuple[int, str]]
 
 
 def _check_unchanged(networks: Networks, before: State, outside: tuple[object, ...]) -> None:
-    """Raise ConfigError if the state changed, or random numbers were drawn outside torch."""
+    """Raise ConfigError if a step changed the state, or drew random numbers outside torch."""
     if _outside() != outside:
         raise ConfigError(
             "model: it must draw random numbers with torch alone, got draws from Python's random or from "
-            "numpy; a step could not be computed again"
+            "numpy, which make its steps irreproducible; use torch's random functions instead"
         )
     after = _state(networks)
     changed = next((name for name, found in before.items() if after.get(name) != found), None)
     if changed is not None:
         raise ConfigError(
             f"model: its forward pass must not change its state, got a change of {changed}; only the "
-            "optimizer may change weights, and a buffer that changes must be persistent=False"
+            "optimizer may change weights; register a buffer that changes with persistent=False"
         )
 
 
 def _compare(first: dict[str, Tensor], second: dict[str, Tensor], exact: bool) -> None:
-    """Raise ConfigError if the gradients of the same step differ."""
+    """Raise ConfigError if the gradients of two computations of the same step differ."""
     for name, gradient in first.items():
         other = second.get(name)
         if other is None or not _close(gradient, other, exact):
             raise ConfigError(
-                f"model: the same step must give the same gradients, got others for {name} the second "
-                "time; something in the model depends on more than weights, batch and torch's seed"
+                f"model: the same step must give the same gradients, but those of {name} differed the "
+                "second time; make the model depend on nothing but its weights, the batch and torch's seed"
             )
 
 
 def small_batch(model: ModelConfig) -> TensorBatch:
-    """Two short rows."""
+    """A batch of two rows of `SHORT` random ids, or fewer if model.max_seq_len is smaller."""
     n = min(model.max_seq_len, SHORT)
     return _batch(torch.ones(2, n, dtype=torch.bool), Vocabulary.of(model))
 
 
 def _state(networks: Networks) -> State:
-    """The identity and the hash of each weight and persistent buffer: copies could fill the memory."""
+    """The id() and the SHA-256 of each weight and persistent buffer. Copies of them could fill the memory."""
     live = networks.state_dict(keep_vars=True)
     return {name: (id(tensor), sources.sha256({name: tensor})) for name, tensor in live.items()}
 
@@ -153,14 +154,14 @@ def _check_shapes(networks: Networks, model: ModelConfig, batch: TensorBatch) ->
     logits = networks.project(e_bnd[0, :1]).shape[-1]
     if logits != model.num_tokens:
         raise ConfigError(
-            f"model.num_tokens: must be the number of the model's logits at a position, {logits}, got "
-            f"{model.num_tokens}"
+            "model.num_tokens: must be the number of logits that the model gives per position, "
+            f"{logits}, got {model.num_tokens}"
         )
 
 
 @torch.no_grad()
 def _check_rows(networks: Networks, batch: TensorBatch) -> None:
-    """Compare each row in a batch with the row alone, and with other ids at the padding."""
+    """Raise ConfigError if the output of a row changes with the other rows or with the ids at its padding."""
     device = next(networks.parameters()).device
     ids_bn, valid_bn = batch.ids_rn.to(device), batch.valid_rn.to(device)
     other_bn = torch.where(valid_bn, ids_bn, ids_bn.flip(0))
@@ -191,7 +192,7 @@ def _check_rows(networks: Networks, batch: TensorBatch) -> None:
                     if not difference <= limit:
                         raise ConfigError(
                             f"model: a row must not depend on {what}, got outputs that differ by "
-                            f"{difference:.3g} (up to {limit:.3g} is rounding); the model must respect its "
+                            f"{difference:.3g} (up to {limit:.3g} is rounding); make the model respect its "
                             "attention mask"
                         )
     finally:
@@ -215,7 +216,7 @@ def _batch(valid_rn: Tensor, vocabulary: Vocabulary) -> TensorBatch:
 
 
 def _outside() -> tuple[object, ...]:
-    """The states of the random number generators that a step's seed does not set."""
+    """The states of Python's and numpy's random number generators, which a step's seed does not set."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
@@ -223,7 +224,7 @@ def _outside() -> tuple[object, ...]:
 def small_gradients(
     networks: Networks, model: ModelConfig, step: Callable[[TensorBatch], object]
 ) -> dict[str, Tensor]:
-    """The whole gradients of a small step without dropout, on the host, for `check_divided`."""
+    """The gradients of a small step without dropout, by name: whole tensors on the CPU."""
     networks.eval()
     found = _gradients(networks, step, small_batch(model))
     networks.train()
@@ -233,12 +234,13 @@ def small_gradients(
 def check_divided(before: dict[str, Tensor], step: Callable[[], dict[str, Tensor]]) -> None:
     """Raise ConfigError if dividing the weights among ranks changed a step's gradients.
 
-    `before` and what `step` returns are whole gradients by name. A model that changes the output of one of
-    its layers in place can lose the hook that gathers the layer's weights for the backward pass.
+    `before` holds the gradients from before the division, and `step` returns those from after it, both as
+    whole tensors by name. A model that changes the output of one of its layers in place can lose the hook
+    that gathers the layer's weights for the backward pass.
     """
     cure = (
-        "a model that ranks divide must not change the outputs of its layers in place (`x = x + y`, not "
-        "`x += y`); change that, or train it with one process"
+        "a model that is divided among ranks must not change the outputs of its layers in place: write "
+        "`x = x + y` instead of `x += y`, or train with one process"
     )
     try:
         after = step()

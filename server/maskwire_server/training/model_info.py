@@ -1,4 +1,4 @@
-"""What clients are told about the model."""
+"""The description of the model that clients receive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig
 
 
 def described(model: ModelConfig, objective: ObjectiveConfig, parameters: int) -> ModelInfo:
-    """Describe a model with this number of parameters."""
+    """Describe a model to clients. `parameters` is the number of its parameters."""
     words = f"{objective.preset}: {objective.schedule} schedule, {objective.masking} masking, "
     words += objective.weighting
     if objective.augments:

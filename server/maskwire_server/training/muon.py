@@ -1,8 +1,8 @@
-"""Muon: momentum whose update is orthogonalised, for the matrices inside a network's blocks.
+"""The Muon optimizer: momentum with orthogonalised updates, for the matrices in a network's blocks.
 
 Sources: K. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the iteration, its
 coefficients, Nesterov momentum, and which weights it is for); J. Liu et al. 2025, "Muon is scalable for LLM
-training" (weight decay, and the scale of the update). `torch.optim.Muon` computes the same, but always in
+training" (weight decay, and the scale of the updates). `torch.optim.Muon` computes the same, but always in
 bfloat16, and treats a stack of several matrices as one.
 """
 
@@ -18,18 +18,19 @@ from maskwire_server.training.adamw import Optimizer
 from maskwire_server.training.ranks_interface import assign, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration: chosen for the steepest slope at 0 that still keeps the values close to 1."""
+"""Coefficients of the quintic iteration: the steepest slope at 0 that still keeps the values close to 1."""
 ITERATIONS = 5
 _SMALLEST_NORM = 1e-7
 _ADAMW_RMS = 0.2
 
 
 def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """About U V^T, where U S V^T is the singular value decomposition of a matrix, in `dtype`.
+    """An approximation of U V^T, where U S V^T is the singular value decomposition of `matrix`.
 
-    With X scaled to a norm of 1, p(x) = a x + b x^3 + c x^5 maps X to a X + (b A + c A^2) X, A = X X^T. This
-    keeps U and V and maps each singular value s to p(s), so no decomposition is needed. Applied five times, p
-    maps values from 0.01 to 1 into 0.68 to 1.14; smaller ones grow by a factor of up to a^5 = 485.
+    It is computed in `dtype`. With X scaled to a norm of 1, the polynomial p(x) = a x + b x^3 + c x^5 maps X
+    to a X + (b A + c A^2) X, where A = X X^T. This keeps U and V and maps each singular value s to p(s), so
+    no decomposition is needed. Applied five times, p maps values from 0.01 to 1 to values from 0.68 to 1.14,
+    and smaller values grow by a factor of up to a^5 = 485.
     """
     a, b, c = COEFFICIENTS
     x: Tensor = (matrix / matrix.norm().clamp(min=_SMALLEST_NORM)).to(dtype)
@@ -45,18 +46,19 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 def update_scale(rows: int, columns: int) -> float:
     """The factor that gives an orthogonalised matrix the root mean square of AdamW's updates, about 0.2.
 
-    U V^T has min(m, n) singular values of 1, so its squares sum to min(m, n), and their mean over the m n
-    entries is 1 / max(m, n). Learning rate and weight decay then mean the same as for AdamW (Liu et al.).
+    U V^T, of shape [m, n], has min(m, n) singular values of 1, so its squares sum to min(m, n), and their
+    mean is 1 / max(m, n). With this factor, learning rate and weight decay have the same effect as for AdamW
+    (Liu et al.).
     """
     return _ADAMW_RMS * math.sqrt(max(rows, columns))
 
 
 def hidden_matrices(network: nn.Module) -> dict[Tensor, tuple[int, ...]]:
-    """The weights of the linear maps in `network.blocks`, with the rows of the matrices that each stacks.
+    """The weights of the linear maps in `network.blocks`, each with the row counts of its matrices.
 
-    A linear map can compute several matrices in one product: Q, K and V, or the two halves of a SwiGLU. Its
-    parent module lists their rows in `stacked_rows`, by the name of the map. A network without blocks has no
-    hidden matrices.
+    A linear map can stack several matrices: Q, K and V, or the two halves of a SwiGLU. The parent module of
+    such a map lists their row counts in `stacked_rows`, by the name of the map. A network without blocks has
+    no hidden matrices. Raises ValueError if the counts do not add up to the rows of the weight.
     """
     found: dict[Tensor, tuple[int, ...]] = {}
     for block in getattr(network, "blocks", ()):
@@ -76,12 +78,19 @@ def hidden_matrices(network: nn.Module) -> dict[Tensor, tuple[int, ...]]:
 
 
 class Muon(Optimizer):
-    """m = mu m + (1 - mu) g, then w = (1 - lr decay) w - lr scale NS((1 - mu) g + mu m), for each matrix."""
+    """The Muon optimizer.
+
+    For each matrix w with gradient g: m = mu m + (1 - mu) g, then w = (1 - lr decay) w - lr scale
+    NS((1 - mu) g + mu m), where NS is `orthogonalized` and scale is `update_scale`.
+    """
 
     def __init__(
         self, rows: Mapping[Tensor, tuple[int, ...]], *, momentum: float, dtype: torch.dtype
     ) -> None:
-        """`rows` holds the weights, each with the rows of its matrices; `dtype` is that of the iteration."""
+        """`rows` maps each weight to the row counts of its matrices.
+
+        `dtype` is the type in which updates are orthogonalised.
+        """
         super().__init__(momentum=momentum)
         self._rows = dict(rows)
         self._dtype = dtype
@@ -90,7 +99,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the weights that have a gradient."""
+        """Update all weights that have a gradient."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for weight in group["params"]:

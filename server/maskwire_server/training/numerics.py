@@ -22,7 +22,7 @@ by rounding. A step trained by another version is replayed within a tolerance.
 
 
 def cores() -> int:
-    """The CPU cores that this process may use, within the quota of its container."""
+    """The number of CPU cores that this process may use, within the quota of its container."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cgroup.allowed_cores(affinity)
 
@@ -37,12 +37,12 @@ def processor() -> str:
 
 
 def processor_of(device: torch.device) -> str:
-    """The model of a device: of the GPU, or of the CPU."""
+    """The model name of a device, which is a GPU or the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def choose_device(wish: str) -> torch.device:
-    """The device of `serve.device`. Raises ConfigError if this machine does not have it."""
+    """The torch device for `wish`, the value of serve.device. Raises ConfigError if it does not exist."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wish)
@@ -72,32 +72,32 @@ def set_numerics(serve: ServeConfig, device: torch.device, *, bf16: bool) -> dic
 
 
 def choose_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16. auto: only on GPUs that support it."""
+    """Whether to autocast to bfloat16. With precision "auto", only on GPUs that support bfloat16."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
 
 
 def default_budget(device: torch.device) -> int:
-    """Default positions per micro-batch. Larger ones are not faster."""
+    """The default limit of positions per micro-batch. Larger micro-batches are not faster."""
     return 2**17 if device.type == "cuda" else 2**14
 
 
 def smallest_part(device: torch.device) -> int:
-    """The positions from which a micro-batch is computed efficiently."""
+    """The number of positions that a micro-batch needs to be computed efficiently."""
     return 2**14 if device.type == "cuda" else 2**11
 
 
 def read_tokens(device: torch.device) -> int:
-    """Default of `serve.max_read_tokens`: minutes of work, on a GPU or on two CPU cores."""
+    """The default of serve.max_read_tokens: a few minutes of work, on a GPU or on two CPU cores."""
     return 2**22 if device.type == "cpu" else 2**26
 
 
 def sampled_budget(device: torch.device, num_tokens: int, sorts: bool) -> int:
     """How many positions a generation computes together, so that their logits fit in memory.
 
-    Before the first pass all positions may be masked and need logits: 5 copies of 4 bytes per id, or 10 if
-    top_p sorts them. They may take 512 MiB on a CPU and 8 GiB on a GPU.
+    In the first pass, all positions may be masked and need logits: 5 copies of 4 bytes per id, or 10 copies
+    if top_p sorts the logits. Together, they may take 512 MiB on a CPU and 8 GiB on a GPU.
     """
     logits_bytes = 2**33 if device.type == "cuda" else 2**29
     return int(max(1, logits_bytes // (4 * (10 if sorts else 5) * num_tokens)))

@@ -1,6 +1,6 @@
-"""The losses of a masked batch: cross-entropy at masked positions, and the critic's.
+"""The losses of a masked batch: the cross-entropy at masked positions, and the critic's loss.
 
-Letters: b rows, n positions, v vocabulary, m packed masked positions, p packed maskable positions.
+Letters: b rows, n positions, v vocabulary, m masked positions, p maskable positions.
 This module depends on no model class. `Model` is the interface that it needs. Embeddings and the vocabulary
 projection are computed at masked positions only, the projection in chunks, so that there is no tensor of
 shape [b, n, v] or [m, v].
@@ -27,27 +27,31 @@ _SAMPLE_CHUNK = {"cpu": 2**21, "cuda": 2**24}  # fp64 probabilities at once: 16 
 
 
 class Model(Protocol):
-    """A generator and an optional critic."""
+    """The interface of a generator and an optional critic that the losses need."""
 
     def embed(
         self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning, read_m: Tensor | None = None
     ) -> Tensor:
-        """Embeddings, [b, n, d], or [m, d] at the positions `read_m`. `cond` comes from `conditioning`.
+        """Return the generator's embeddings of the ids, [b, n, d], or only those at `read_m`, [m, d].
 
-        `read_m` holds indices into the flattened [b, n] grid, each at most once.
+        `cond` is a result of `conditioning`. `read_m` holds indices into the flattened [b, n] grid, each at
+        most once.
         """
 
     def head(self, e_md: Tensor) -> Head:
-        """The output layer for packed positions."""
+        """Return the input, weight and bias of the output layer for the embeddings of m positions."""
 
     def project(self, e_md: Tensor) -> Tensor:
-        """Logits of packed positions, [m, v]."""
+        """Return the logits, [m, v], for the embeddings of m positions."""
 
     def conditioning(self, e_bnd: Tensor | None) -> Conditioning:
-        """The conditioning, with or without a first pass's embeddings. None without self-conditioning."""
+        """Return the conditioning of a pass, with the embeddings of a first pass, or without them (None).
+
+        Returns None if the generator has no self-conditioning.
+        """
 
     def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
-        """The critic's logits, [b, n]. Without `train_trunk`, the trunk of a self critic gets no gradient."""
+        """Return the critic's logits, [b, n]. A self critic trains the generator only with `train_trunk`."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,9 @@ def position_weights(
 ) -> Tensor:
     """The weight of the cross-entropy at each masked position of a row, fp64 [b].
 
-    elbo: w_b / sum n_b, so that the sum estimates nats per maskable token. masked_mean: 1 / sum k_b. The sums
-    are over the whole logical batch.
+    Row b has n_b maskable positions, of which k_b are masked. With the weighting "elbo", its weight is
+    w_b / sum n_b, where w_b comes from `elbo_weights`: the weighted sum then estimates nats per maskable
+    token. With "masked_mean", the weight is 1 / sum k_b. The sums are over the whole logical batch.
     """
     if config.weighting == "masked_mean":
         return torch.full_like(n_b, 1, dtype=torch.float64) / k_b.sum().clamp(min=1)
@@ -87,14 +92,14 @@ def position_weights(
 
 
 def logits_in_chunks(model: Model, e_md: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of positions and their logits, [chunk, v]."""
+    """Yield chunks of positions, as slices, with their logits, [chunk, v]."""
     for some in cross_entropy.chunks(e_md.shape[0], vocabulary.num_tokens, e_md.device):
         yield some, cross_entropy.forbid_special(model.project(e_md[some]), vocabulary)
 
 
 def plan_step(config: ObjectiveConfig, step: StepKey, *, has_critic: bool, train_generator: bool,
                train_critic: bool, temperature: float | None) -> StepPlan:  # fmt: skip
-    """Plan a training step: toss its coins and draw its temperature."""
+    """Plan a training step. Draw whether it has a first pass, and the temperature if none is given."""
     at = (step.seed, step.lineage, step.number)
     if temperature is None:
         temperature = draws.uniform_scalar(Purpose.TEMPERATURE, *at)
@@ -115,8 +120,9 @@ def embeddings(
     *,
     first_pass: bool,
 ) -> Tensor:
-    """The generator's embeddings, [m, d] at the positions `read_m`, with a first pass if wanted.
+    """Return the generator's embeddings at the positions `read_m`, [m, d].
 
+    With `first_pass`, they are conditioned on the embeddings of a first pass, which has no gradients.
     `valid_bn` is None if there is no padding.
     """
     first = None
@@ -129,9 +135,10 @@ def embeddings(
 
 
 def _autocast_without_cache(device_type: str) -> torch.autocast:
-    """The current autocast, which keeps no bf16 copies of weights.
+    """The current autocast, changed to keep no bf16 copies of weights.
 
-    Those of a pass without gradients have no graph (up to torch 2.10), and the next pass would use them.
+    Copies that a pass without gradients makes have no graph (up to torch 2.10), and the next pass would use
+    these copies.
     """
     enabled = torch.is_autocast_enabled(device_type)
     return torch.autocast(
@@ -140,7 +147,7 @@ def _autocast_without_cache(device_type: str) -> torch.autocast:
 
 
 def positions(mask_bn: Tensor) -> Tensor:
-    """The positions of a mask, as indices into the flattened grid, int64 [m]."""
+    """The positions where a mask is True, as indices into the flattened [b, n] grid, int64 [m]."""
     return mask_bn.flatten().nonzero()[:, 0]
 
 
@@ -156,8 +163,9 @@ def losses(
 ) -> PartLosses:
     """What a micro-batch adds to the losses of its logical batch.
 
-    `weight_b` are the `position_weights` of its rows. `maskable` is the number of maskable positions in the
-    logical batch, over which the critic's loss is averaged.
+    `weight_b` holds the `position_weights` of the rows of the micro-batch. `maskable` is the number of
+    maskable positions in the logical batch, over which the critic's loss is averaged. `sample_keys_b` are the
+    keys of the random draws for the ids that the critic judges.
     """
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
     masked_m = positions(part.mask_bn)
@@ -184,8 +192,8 @@ def losses(
 def minimized(sums: PartLosses, config: ObjectiveConfig, modes: StepPlan, numerics_version: int) -> Tensor:
     """What a micro-batch adds to the step's `loss`, which is both reported and minimised.
 
-    The critic's weight applies only if the generator trains too. Numerics version 1 always applied it, and
-    replay still does for steps of that version.
+    The critic's weight applies only if the generator trains too. Numerics version 1 always applied
+    the weight, and so does the replay of steps of that version.
     """
     if sums.critic is None:
         return sums.generator
@@ -212,16 +220,16 @@ def critic_cross_entropy(
 
 
 def critic_labels(config: ObjectiveConfig, part: Corruption, filled_bn: Tensor) -> Tensor:
-    """What the critic must find, bool [b, n]: wrong ids, or masked positions (Lezama et al. 2022)."""
+    """The critic's labels, bool [b, n]: True at wrong ids, or at masked positions (Lezama et al. 2022)."""
     return part.mask_bn if config.critic_labels == "token_critic" else filled_bn != part.ids_bn
 
 
 def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tensor:
-    """Sample an id for each row of logits, int64 [m], from softmax(logits / temperature) by its inverse CDF.
+    """Sample an id for each row of logits from softmax(logits / temperature). Returns int64 [m].
 
-    The distribution is that of an argmax over logits / temperature + Gumbel noise, but sampling needs only
-    one fp64 uniform number per position. Computed in fp64, in chunks. Temperature 0 takes the most probable
-    id; the temperature may also be an fp64 [m] tensor.
+    The inverse CDF maps the uniform numbers `u_m` to ids, computed in fp64, in chunks. The distribution is
+    that of the argmax of logits / temperature + Gumbel noise, but one fp64 number per position is enough.
+    Temperature 0 takes the most probable id. The temperature may also be a tensor, fp64 [m].
     """
     m, v = logits_mv.shape
     temperature_m = torch.as_tensor(temperature, dtype=torch.float64, device=logits_mv.device).expand(m)
@@ -247,10 +255,11 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tenso
 
 
 def prefix_sums(x_mv: Tensor) -> Tensor:
-    """Sums of the first 1, 2, ... v numbers of each row, [m, v].
+    """The sums of the first 1, 2, ..., v numbers of each row, [m, v].
 
-    torch has no deterministic kernel for them on CUDA. There, if kernels must be deterministic, each pass
-    adds the sum 1, 2, 4, ... places before (Hillis and Steele, "Data parallel algorithms", CACM 1986).
+    torch has no deterministic kernel for these sums on CUDA. If kernels must be deterministic there, passes
+    add to each sum the sum that is 1, 2, 4, ... places before it (Hillis and Steele, "Data parallel
+    algorithms", CACM 1986).
     """
     if x_mv.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
         return x_mv.cumsum(-1)

@@ -1,7 +1,8 @@
-"""Optimizers: one for the generator and one for the critic, so that training one never changes the other.
+"""The optimizers of the generator and of the critic.
 
-The optimizer state and the moving average of a group change only in steps that train it. The learning rate
-depends on the step of the run.
+They are separate, so that training one of the two networks never changes the other. The optimizer state and
+the moving average of a network change only in steps that train the network. The learning
+rate depends on the step of the run.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ Rule = Literal["adamw", "muon", "frozen"]
 def learning_rate(config: OptimizerConfig, step: int) -> float:
     """The learning rate at a step, counted from 1.
 
-    The linear warm-up reaches the peak at step `warmup_steps`. The cosine is lr_min + (lr - lr_min)
-    (1 + cos(pi p))/2, where p is the progress from there to `total_steps` (Loshchilov, Hutter 2017).
+    The linear warm-up reaches the peak, lr, at step `warmup_steps`. The cosine schedule is then
+    lr_min + (lr - lr_min) (1 + cos(pi p)) / 2, where p is the progress from `warmup_steps` to `total_steps`,
+    from 0 to 1 (Loshchilov, Hutter 2017).
     """
     peak, low = config.learning_rate, config.min_learning_rate
     if step < config.warmup_steps:
@@ -43,7 +45,7 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def _decayed(module: nn.Module) -> set[Tensor]:
-    """The weights with weight decay: the matrices of linear maps, not norms, biases or embeddings.
+    """The weights that get weight decay: the matrices of linear maps, not norms, biases or embeddings.
 
     Embeddings are recognised by their class, not by their name, because `project_emb` is a linear map.
     """
@@ -58,7 +60,7 @@ def _decayed(module: nn.Module) -> set[Tensor]:
 
 
 def rules(module: nn.Module, config: OptimizerConfig, own: Matched) -> dict[str, Rule]:
-    """How each parameter of a network is trained, by name."""
+    """How each parameter of a network is trained: "adamw", "muon" or "frozen", by the parameter's name."""
     hidden = hidden_matrices(module).keys() & _decayed(module) if config.name == "muon" else set()
     found: dict[str, Rule] = {}
     for name, weight in module.named_parameters():
@@ -80,9 +82,10 @@ class Group:
         bf16: bool = False,
         average: nn.Module | None = None,
     ) -> None:
-        """`own` has the groups of the parameters by name. With `bf16`, Muon's iteration is in bfloat16.
+        """`own` maps the names of parameters to their entries in `optimizer.groups`.
 
-        `average` is a copy of the module to hold the moving average; None: made here.
+        With `bf16`, Muon orthogonalises updates in bfloat16. `average` is a copy of the module that will hold
+        the moving average; None: the copy is made here.
         """
         own = own or {}
         self.module = module
@@ -125,7 +128,7 @@ class Group:
     def configure(
         self, config: OptimizerConfig, own: Matched, numerics_version: int = NUMERICS_VERSION
     ) -> None:
-        """Apply new settings. What is frozen and whether there is a moving average cannot change."""
+        """Apply new settings. They must freeze the same weights, and keep an average or not, as before."""
         alike: dict[tuple[str, float, float], list[Tensor]] = {}
         for name, weight in zip(self.names, self.weights, strict=True):
             group = own.get(name)
@@ -147,7 +150,7 @@ class Group:
         self._decay = config.ema_decay
 
     def gradients(self) -> list[Tensor]:
-        """This rank's parts of the gradients of the weights that have one."""
+        """This rank's parts of the gradients. Weights without a gradient are left out."""
         return [own_part(weight.grad) for weight in self.weights if weight.grad is not None]
 
     def clear_gradients(self) -> None:
@@ -156,7 +159,7 @@ class Group:
             weight.grad = None
 
     def update(self, rate: float) -> None:
-        """Update the weights with their gradients, then the moving average."""
+        """Update the weights with their gradients and the learning rate `rate`, then the moving average."""
         for optimizer in (self.optimizer, self._muon):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
@@ -177,7 +180,7 @@ class Group:
         return {name: found[name] for name in self.names}
 
     def begin_average(self) -> None:
-        """Set the moving average, if the run keeps one, to the weights."""
+        """Set the moving average to the current weights, if the run keeps one."""
         if self.ema is not None:
             with torch.no_grad():
                 for average, weight in zip(self.averages().values(), self.weights, strict=True):
@@ -186,12 +189,12 @@ class Group:
                     buffer.copy_(self.buffers[name])
 
     def _copy(self, module: nn.Module) -> nn.Module:
-        """A copy of the module that shares the weights which are never trained."""
+        """A copy of the module that shares the weights that are never trained."""
         memo = {id(weight): weight for weight in self.frozen.values()}
         return copy.deepcopy(module, memo).eval().requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
-        """The state of the optimizer and the number of updates, by name. Frozen parameters have none."""
+        """The optimizer's state and the number of updates, by name. Frozen parameters have no state."""
         state = {"updates": torch.tensor(self.updates, dtype=torch.int64)}
         for name, weight in zip(self.names, self.weights, strict=True):
             optimizer = self._muon if self.rules[name] == "muon" else self.optimizer
@@ -205,12 +208,12 @@ def _matched(modules: Mapping[str, nn.Module], config: OptimizerConfig) -> dict[
 
 
 def _check_muon(modules: Mapping[str, nn.Module], config: OptimizerConfig) -> None:
-    """Raise ConfigError if Muon would train nothing."""
+    """Raise ConfigError if optimizer.name is muon, but Muon would train no weight."""
     if config.name == "muon" and not any(hidden_matrices(module) for module in modules.values()):
         raise ConfigError(
             "optimizer.name must be adamw for this model, got muon, which trains the nn.Linear modules in "
-            "`blocks`: there are none; give the model an attribute `blocks`, the list of its layers, or use "
-            "adamw"
+            "the model's `blocks`, and there are none; give the model an attribute `blocks`, the list of its "
+            "layers, or use adamw"
         )
 
 
@@ -219,9 +222,9 @@ def counts(
     config: OptimizerConfig,
     size: Callable[[Tensor], int] = Tensor.numel,
 ) -> Counter[Rule]:
-    """How many numbers each rule trains; frozen ones are left out. Raises ConfigError like `make_groups`.
+    """Count the numbers that AdamW trains and that Muon trains. Raises ConfigError like `make_groups`.
 
-    `size` says how many numbers of a weight to count.
+    Frozen weights are not counted. `size` returns how many numbers of a weight to count.
     """
     modules = {part: module for part, module in parts.items() if module is not None}
     _check_muon(modules, config)
@@ -234,7 +237,7 @@ def counts(
 
 
 def listed(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> list[str]:
-    """A line for each parameter: its rule, shape and name, as `optimizer.groups` matches it."""
+    """A line for each parameter: how it is trained, its shape, and its name for `optimizer.groups`."""
     modules = {part: module for part, module in parts.items() if module is not None}
     return [
         f"{rule:6}  {' x '.join(map(str, modules[part].get_parameter(name).shape)):>14}  {part}.{name}"
@@ -251,7 +254,7 @@ def make_groups(
     bf16: bool,
     averages: Mapping[str, nn.Module],
 ) -> dict[str, Group]:
-    """The groups of the parts that exist. Raises ConfigError if `optimizer.groups` does not fit the names."""
+    """Make a `Group` for each network that is not None. Raises ConfigError if the settings do not fit."""
     modules = {part: module for part, module in parts.items() if module is not None}
     _check_muon(modules, config)
     matches = _matched(modules, config)
@@ -266,7 +269,7 @@ def make_groups(
 
 
 def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_version: int) -> None:
-    """Apply new settings. Raises ValueError, with nothing changed, if they do not fit the state."""
+    """Apply new settings to all groups. Raises ValueError, and changes nothing, if they do not fit."""
     try:
         names = {part: [*group.names, *sorted(group.frozen_names)] for part, group in groups.items()}
         matches = matched(config.groups, names)
@@ -277,7 +280,7 @@ def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_ver
         if different:
             was, now = ("trained", "frozen") if different[0] in group.frozen_names else ("frozen", "trained")
             others = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-            raise ValueError(f"optimizer.groups: {part}.{different[0]}{others} was {was}, is {now}")
+            raise ValueError(f"optimizer.groups: {part}.{different[0]}{others} was {was} and is now {now}")
     for part, group in groups.items():
         group.configure(config, matches[part], numerics_version)
 

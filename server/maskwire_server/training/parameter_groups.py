@@ -16,15 +16,15 @@ Matched = dict[str, ParameterGroup]
 
 
 def trainable(network: nn.Module) -> list[str]:
-    """Names of parameters that a network does not freeze itself. With adapters, it freezes all others."""
+    """The names of parameters that a network does not freeze itself. Adapters freeze all others."""
     return [name for name, weight in network.named_parameters() if weight.requires_grad]
 
 
 def matched(groups: Sequence[ParameterGroup], networks: Mapping[str, Sequence[str]]) -> dict[str, Matched]:
-    """Find the groups of each network's parameters by name. The first pattern that matches a name wins.
+    """Find the group of each parameter by its name. The first pattern that matches a name applies.
 
     A pattern matches a name with or without its network: `blocks.*` or `generator.blocks.*`. Raises
-    ConfigError for a pattern that is the first match of no parameter, and if no parameter is left to train.
+    ConfigError if a pattern is not the first match of any parameter, or if no parameter is left to train.
     """
     found: dict[str, Matched] = {network: {} for network in networks}
     whole = [(network, name) for network, names in networks.items() for name in names]
@@ -46,7 +46,7 @@ def matched(groups: Sequence[ParameterGroup], networks: Mapping[str, Sequence[st
 
 
 def frozen(matched: Matched) -> set[str]:
-    """The names of the parameters that their group freezes."""
+    """The names of the parameters whose groups freeze them."""
     return {name for name, group in matched.items() if not group.train}
 
 
@@ -57,8 +57,8 @@ def _matches(pattern: str, network: str, name: str) -> bool:
 def _unused(pattern: str, whole: list[tuple[str, str]], shadowed: bool) -> str:
     if shadowed:
         return (
-            f"earlier groups have all parameters that {pattern!r} matches, and the first match wins; move "
-            "this group before them, or delete it"
+            f"earlier groups have all parameters that {pattern!r} matches, and only the first match applies; "
+            "move this group before them, or delete it"
         )
     names = [name for network, bare in whole for name in (bare, f"{network}.{bare}")]
     prefixes = {

@@ -8,8 +8,8 @@ weights:
 
 That call takes 7 to 33 seconds of CPU time in each process, because it computes the eigenvalues of a dense
 4096 x 4096 matrix. Newton's iteration on the polynomial takes 0.8 s, but its weights differ from these by up
-to 5e-7 at the ends, and probabilities computed with them by up to 3e-13: the loss of a step would no longer
-be the recorded one.
+to 5e-7 at the ends, and probabilities computed with them differ by up to 3e-13: a replayed step would then
+not have its recorded loss.
 """
 
 from __future__ import annotations

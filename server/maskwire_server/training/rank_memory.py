@@ -3,8 +3,9 @@
 A rank holds a part of every weight, gradient, moment and average (`weight_partition.part_size`). During a
 step it gathers more (torch's `fully_shard`): the weights outside the blocks, from the forward pass to the
 end of the backward pass, and their whole gradients; and the weights and gradients of two blocks, because one
-is communicated while another is computed. During the backward pass of a micro-batch, its activations are
-freed and its gradients allocated, separately from those of the batch: the larger of the two counts.
+block is communicated while another is computed. During the backward pass of a micro-batch, its activations
+are freed while its gradients are allocated, in addition to those of the batch: only the
+larger of the two is counted.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ from maskwire_server.training.weight_partition import check_shardable, is_replic
 
 @dataclass(frozen=True)
 class Machines:
-    """The ranks to plan for."""
+    """The machines to plan for: their ranks and the memory of each rank."""
 
     ranks: int
-    """On each host."""
+    """The number of ranks on each host."""
     hosts: int = 1
     memory: int | None = None
     """Bytes for each rank. None: the free memory of this machine, which ranks on the CPU share."""
 
     @property
     def size(self) -> int:
-        """All ranks."""
+        """The number of ranks on all hosts."""
         return self.ranks * self.hosts
 
 
 @dataclass(frozen=True)
 class Held:
-    """How many numbers a rank holds: of its parts of the state's tensors, and of the gradients."""
+    """How many numbers a rank holds in its parts of the weights, gradients, optimizer state and average."""
 
     weights: int
     gradients: int
@@ -62,7 +63,7 @@ class Held:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size of all these numbers in bytes, at 4 bytes per number."""
         return 4 * (self.weights + self.gradients + 2 * self.adamw + self.muon + self.average)
 
     def __str__(self) -> str:
@@ -79,7 +80,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Room:
-    """What a rank needs besides its part of the state, and the available memory, in bytes."""
+    """What a rank needs besides its part of the state, and the memory that is available, in bytes."""
 
     gathered: int
     computed: int
@@ -97,11 +98,11 @@ class Room:
         return max(self.sharing * (part.size + during_step) + self.leader, self.sharing * self.build)
 
     def fits(self, part: Held) -> bool:
-        """Whether a rank with this part of the state has enough memory, the leader included."""
+        """Whether the memory is enough for every rank with such a part of the state, also for the leader."""
         return self._needed(part) <= self.memory
 
     def sum(self, part: Held) -> str:
-        """The terms in words, their total, and whether it fits."""
+        """A line of text: the terms, their total, and whether the total fits in the memory."""
         terms = {"state": part.size, "gathered": self.gathered, "activations and logits": self.computed}
         if self.computed < 4 * part.gradients:
             del terms["activations and logits"]
@@ -119,7 +120,7 @@ class Room:
 
 
 def held(networks: Networks, optimizer: OptimizerConfig, shard: int, index: int = 0) -> Held:
-    """What the rank at `index` of `shard` holds. The first one holds the most. Raises ConfigError."""
+    """What the rank at `index` of `shard` ranks holds. Rank 0 holds the most. Raises ConfigError."""
 
     def size(weight: Tensor) -> int:
         return part_size(weight.shape, shard, index)
@@ -137,7 +138,7 @@ def layouts(
     serve: ServeConfig,
     machines: Machines,
 ) -> Footprint:
-    """Report the memory of each rank in each layout, and recommend the layout of `_advice`.
+    """Report the memory that each rank needs in each layout, and recommend a layout.
 
     `Footprint.fits` is whether any layout fits. Raises ConfigError if the device does not exist, if
     `optimizer.groups` does not fit the parameters, or if the model cannot be trained by several ranks.
@@ -202,7 +203,7 @@ def _learning(
 
 
 def _device(serve: ServeConfig, machines: Machines) -> torch.device:
-    """The device to plan for. With `Machines.memory`, this machine need not have it."""
+    """The device to plan for. If `Machines.memory` is set, this machine need not have that device."""
     if machines.memory is not None:
         return torch.device("cpu" if serve.device == "cpu" else "cuda")
     device = numerics.choose_device(serve.device)
@@ -216,7 +217,7 @@ def _device(serve: ServeConfig, machines: Machines) -> torch.device:
 
 
 def _memory(device: torch.device, machines: Machines) -> tuple[int, int]:
-    """The memory in bytes, and how many ranks share it."""
+    """The available memory in bytes, and the number of ranks that share it."""
     if machines.memory is not None:
         return machines.memory, 1
     if device.type == "cpu":
@@ -225,7 +226,7 @@ def _memory(device: torch.device, machines: Machines) -> tuple[int, int]:
 
 
 def _positions(model: ModelConfig, serve: ServeConfig, ranks: int, device: torch.device) -> tuple[int, str]:
-    """The positions of a rank's micro-batch: their number, and where it comes from.
+    """The number of positions in a rank's micro-batch, and a text that says where it comes from.
 
     A rank has at most ceil(rows / ranks) of the rows of a batch. With n columns, that is less than
     rows x n / ranks + n positions.
@@ -240,9 +241,10 @@ def _positions(model: ModelConfig, serve: ServeConfig, ranks: int, device: torch
 
 
 def _gathered(networks: Networks, optimizer: OptimizerConfig, *, copies: bool) -> Term:
-    """What a rank gathers during a step: weights and gradients outside the blocks, and of two large blocks.
+    """What a rank gathers in a step: weights and gradients outside the blocks, and those of two blocks.
 
-    `copies`: count the extra copy that gloo, on the CPU, makes of a gathered tensor.
+    Both blocks count as the largest one. With `copies`, this includes the extra copy of a gathered tensor
+    that gloo makes on the CPU.
     """
 
     def numbers(weights: Set[Tensor]) -> tuple[int, int]:
@@ -267,14 +269,14 @@ def _gathered(networks: Networks, optimizer: OptimizerConfig, *, copies: bool) -
 
 
 def _snapshot(whole: Held, optimizer: OptimizerConfig) -> Term:
-    """A copy of the state in host memory. It leaves out the averages of frozen weights."""
+    """The size of a copy of the whole state in host memory, without the averages of frozen weights."""
     average = whole.gradients if optimizer.ema_decay else 0
     numbers = whole.weights + 2 * whole.adamw + whole.muon + average
     return Term(f"{numbers:,} numbers x 4 bytes", 4 * numbers)
 
 
 def _advice(fitting: list[int], machines: Machines) -> str:
-    """The layout with the smallest shard that fits, within a host if there is one."""
+    """A line that recommends the layout with the smallest shard that fits, if possible within a host."""
     if not fitting:
         return (
             "no layout fits: use more ranks or devices with more memory, lower serve.micro_batch_tokens, set "

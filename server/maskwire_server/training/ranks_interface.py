@@ -1,7 +1,7 @@
 """The interface to the processes that train together, and its implementation for a single process.
 
-torch.distributed is not imported here, so that a single process does not pay for it. `sharding` implements
-the interface for several processes.
+torch.distributed is not imported here, so that a single process does not spend time on the import. `sharding`
+implements the interface for several processes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maskwire_server.training.shards import Piece
 
 
 class Ranks:
-    """The processes that train together: here a single one, without any communication."""
+    """The processes that train together. This class itself is for a single process."""
 
     rank = 0
     is_leader = True
@@ -28,7 +28,7 @@ class Ranks:
     """Whether the weights are divided, and must be gathered to be read."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        """`device` is that of this rank; None: `serve.device`."""
+        """`device` is the device of this rank; None: the device that `serve.device` names."""
         self.device = device
 
     @property
@@ -41,45 +41,52 @@ class Ranks:
     ) -> dict[str, nn.Module]:
         """Divide the weights of networks among the ranks, and move this rank's part to its device.
 
-        Returns copies for the moving averages, divided in the same way. A single process returns none:
-        `optimizers.Group` then makes the copy.
+        Returns copies of the networks for the moving averages, by name, divided in the same way. A single
+        process divides nothing and returns no copies: `optimizers.Group` then makes them.
         """
         del networks, with_averages
         return {}
 
     def release(self, module: nn.Module) -> None:
-        """Free gathered weights after a step, because the step changed the weights."""
+        """Free the gathered copies of weights, because a step has changed the weights."""
 
     def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
-        """This rank's parts of a logical batch; None: an empty part, computed so that no other rank waits.
+        """This rank's parts of a logical batch, each of at most `budget` positions.
 
-        `smallest` as in `split_by_length`; None: in the order of the batch, as before numerics version 3.
+        A part of None is empty. It is computed too, so that no other rank waits forever. `smallest` is as in
+        `split_by_length`; None: the parts have the order of the batch, as before numerics version 3.
         """
         if smallest is None:
             return list(split(lengths, budget))
         return list(split_by_length(lengths, range(len(lengths)), budget, smallest))
 
     def add(self, sums: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
+        """Add up a tensor over all ranks, and return the sum."""
         return sums
 
     def share(self, full: Tensor | None, like: Tensor) -> Tensor:
-        """The leader's whole tensor, on every rank. The others pass None. `like` has its shape and type."""
+        """Send a whole tensor from the leader to every rank, and return it. Other ranks pass None.
+
+        `like` is a tensor of the same shape and type.
+        """
         assert full is not None
         assert full.shape == like.shape
         return full
 
     def piece(self, live: Tensor, number: int) -> Piece | None:
-        """The part that this rank saves of tensor `number` of a file; None: other ranks save all of it."""
+        """The part of a tensor that this rank saves; None if other ranks save all of it.
+
+        `number` is the position of the tensor among the tensors of its file.
+        """
         del number
         return Piece(live, (0,) * live.ndim, tuple(live.shape))
 
     def norm(self, of_part: Tensor) -> Tensor:
-        """The norm of a vector that is divided as the weights are, from the norm of this rank's part."""
+        """The norm of a vector that is divided like the weights. `of_part` is the norm of a rank's part."""
         return of_part
 
     def agree(self, facts: str) -> None:
-        """Raise StateLost unless the facts are the same on every rank."""
+        """Raise StateLost unless the text `facts`, the results of a step, is the same on every rank."""
 
 
 def _is_divided(tensor: Tensor) -> bool:
@@ -87,21 +94,21 @@ def _is_divided(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a divided tensor, gathered from the ranks. Every rank must call this."""
+    """Gather a divided tensor from the ranks, and return it whole. Every rank must call this."""
     divided: Any = tensor
     full: Tensor = divided.full_tensor() if _is_divided(tensor) else tensor
     return full
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """The part of a divided tensor that this rank holds, in the same memory; else the tensor itself."""
+    """This rank's part of a divided tensor, in the same memory; otherwise the tensor itself."""
     divided: Any = tensor
     part: Tensor = divided.to_local() if _is_divided(tensor) else tensor
     return part
 
 
 def divided_like(full: Tensor, live: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, divided as `live` is."""
+    """This rank's part of the whole tensor `full`, divided in the same way as `live`."""
     if not _is_divided(live):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -112,5 +119,5 @@ def divided_like(full: Tensor, live: Tensor) -> Tensor:
 
 
 def assign(live: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor into a live one, or this rank's part of it into a divided one."""
+    """Copy the whole tensor `full` into `live`. If `live` is divided, copy only this rank's part."""
     own_part(live).copy_(divided_like(full, live))

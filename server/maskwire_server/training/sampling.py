@@ -10,9 +10,9 @@ The evaluation estimates a lower bound of log p(x) (Uria et al. 2014). All other
 distributions.
 The draws of a row depend only on its seed, the pass and the position.
 
-Letters: b rows, n positions, v vocabulary, m packed positions, k ids that may be sampled. This module
+Letters: b rows, n positions, v vocabulary, m selected positions, k ids that may be sampled. This module
 depends on no model class. Logits are computed only where they are needed, so that there is no tensor
-[b, n, v].
+of shape [b, n, v].
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Rows:
     """The embeddings of the previous pass. None before the first pass, or if they are not used."""
 
     def take(self, which_b: Tensor) -> Rows:
-        """Select rows by index."""
+        """Select the rows at the indices `which_b`."""
         carried_bnd = None if self.carried_bnd is None else self.carried_bnd[which_b]
         return Rows(
             self.ids_bn[which_b],
@@ -77,7 +77,7 @@ class Rows:
         )
 
     def put(self, which_b: Tensor, part: Rows) -> Rows:
-        """Replace some rows. Changes the tensors in place."""
+        """Replace the rows at the indices `which_b` by those of `part`, in place, and return all rows."""
         self.ids_bn[which_b] = part.ids_bn
         self.mask_bn[which_b] = part.mask_bn
         self.recorded_bn[which_b] = part.recorded_bn
@@ -104,7 +104,7 @@ class PassPlan:
     """fp64: the annealed temperature; None: that of the options."""
 
     def rows(self, which_b: Tensor, device: torch.device) -> PassPlan:
-        """The plan for some of the rows, on a device."""
+        """The plan for the rows at the indices `which_b`, on a device."""
         temperature_b = None if self.temperature_b is None else self.temperature_b[which_b].to(device)
         return PassPlan(
             self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device), temperature_b
@@ -162,7 +162,7 @@ def generate(
 
 
 def begin(prompts: Prompts, vocabulary: Vocabulary, row_seeds: Sequence[int], device: torch.device) -> Rows:
-    """The prompts, with all unknown positions masked."""
+    """The state of the rows before the first pass: the prompts, with all unknown positions masked."""
     valid_bn, unknown_bn = torch.from_numpy(prompts.valid), torch.from_numpy(prompts.unknown)
     ids_bn = torch.from_numpy(prompts.ids).masked_fill(~valid_bn, 0)
     ids_bn = torch.where(unknown_bn, vocabulary.mask_id, ids_bn)
@@ -183,7 +183,7 @@ def begin(prompts: Prompts, vocabulary: Vocabulary, row_seeds: Sequence[int], de
 
 
 def narrowest(vocabulary: Vocabulary) -> np.dtype[np.integer]:
-    """The narrowest integer type that holds every id."""
+    """The narrowest of the types uint8, uint16 and int32 that holds every id of the vocabulary."""
     if vocabulary.num_tokens <= 2**8:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16 if vocabulary.num_tokens <= 2**16 else np.int32)
@@ -194,8 +194,8 @@ def plan_pass(
 ) -> PassPlan:
     """Plan pass number `step`, counted from 1, for all rows.
 
-    The noise on the order and an annealed temperature are proportional to 1 - s/S, as in MaskGIT and in
-    x-transformers.
+    In pass s of S, the noise on the order and an annealed temperature are proportional to 1 - s/S, as in
+    MaskGIT and in x-transformers.
     """
     steps_b = torch.full_like(unknown_b, options.steps) if options.steps else unknown_b
     scale = options.choice_temperature
@@ -217,10 +217,11 @@ def plan_pass(
 def stay_masked(
     masking: masking_schedule.Schedule, unknown_b: Tensor, before_b: Tensor, step: int, steps: int
 ) -> Tensor:
-    """The number of positions that stay masked after a pass, int64 [b]: min(floor(m(s/S) U), before - 1).
+    """The number of positions of each row that stay masked after a pass, int64 [b].
 
-    With `steps` 0, each pass reveals one position, whatever the schedule. The distribution that is evaluated
-    requires this. With the linear schedule, it is the same as S = U.
+    After pass s of S, it is min(floor(m(s/S) U), before - 1), for a schedule m and U unknown positions, of
+    which `before` were masked before the pass. With `steps` 0, each pass reveals one position, whatever the
+    schedule, because evaluations assume this. With the linear schedule, that is the same as S = U.
     """
     one_less_b = (before_b - 1).clamp(min=0)
     if not steps:
@@ -238,7 +239,7 @@ def advance(
     plan: PassPlan,
     options: GenerateOptions,
 ) -> Rows:
-    """Compute one pass over rows that still have masked positions."""
+    """Compute one pass over rows that still have masked positions, and return their new state."""
     valid = None if bool(rows.valid_bn.all()) else rows.valid_bn
     n = rows.ids_bn.shape[1]
     read_bn = rows.mask_bn
@@ -287,11 +288,11 @@ def advance(
 
 
 def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor, options: GenerateOptions) -> Tensor:
-    """Sample an id for each row of logits, int64 [m], with top_k and top_p. The temperature may be fp64 [m].
+    """Sample an id for each row of logits, with top_k and top_p. Returns int64 [m].
 
     top_k applies first. top_p then sorts the ids by their probability at the temperature, and keeps each id
-    before which the probabilities sum to less than top_p (Holtzman et al. 2020). Temperature 0 takes the most
-    probable id.
+    before which the probabilities sum to less than top_p (Holtzman et al. 2020). The temperature is a number,
+    or a tensor, fp64 [m]. Temperature 0 takes the most probable id.
     """
     if not isinstance(temperature, Tensor):
         if not temperature:
@@ -316,14 +317,14 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor, options:
 
 
 def check(values: Tensor, what: str = "the generator's logits") -> Tensor:
-    """Return the values. Raises Diverged if one is not finite. For logits, pass their logsumexp."""
+    """Return `values`. Raises Diverged if one of them is not finite. For logits, pass their logsumexp."""
     if not bool(values.isfinite().all()):
-        raise Diverged(f"the weights have diverged: {what} are not finite")
+        raise Diverged(f"the weights have diverged: {what} are not finite; restore an earlier checkpoint")
     return values
 
 
 def certainty(logits_mv: Tensor, order: Order) -> Tensor:
-    """The certainty of the generator at each position, fp64 [m]: the margin, or the negative entropy."""
+    """The generator's certainty, fp64 [m]: the margin of the top two probabilities, or minus the entropy."""
     if order is Order.MARGIN:
         two_m2 = (logits_mv.topk(2).values - logits_mv.logsumexp(-1, keepdim=True)).exp()
         return (two_m2[:, 0] - two_m2[:, 1]).double()
@@ -338,7 +339,7 @@ def gumbel(u: Tensor) -> Tensor:
 
 
 def lowest(scores_bn: Tensor, candidates_bn: Tensor, k_b: Tensor) -> Tensor:
-    """The k candidates of each row with the lowest scores, bool [b, n]. Among ties, the later ones."""
+    """The k candidates of each row with the lowest scores, bool [b, n]. Ties go to later positions."""
     scores_bn = scores_bn.masked_fill(~candidates_bn, float("-inf"))
     order_bn = scores_bn.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(scores_bn.shape[1], device=scores_bn.device).expand_as(order_bn)

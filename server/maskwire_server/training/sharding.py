@@ -1,6 +1,6 @@
-"""Train one model with several processes: weights and rows are divided among them, and sums added up.
+"""Train one model with several processes, which divide its weights and the rows of a batch.
 
-The ranks form a grid of `replicate` x `shard`. Within a row of the grid each rank holds a part of every
+The ranks form a grid of `replicate` x `shard`. Within a row of the grid, each rank holds a part of every
 weight, gradient and moment (torch's `fully_shard`); all rows of the grid hold the same values. The ranks
 train on different rows of a logical batch, and the losses and gradients are those of the whole batch: losses
 have the denominators of the logical batch, so gradients are summed, not averaged.
@@ -35,14 +35,14 @@ from maskwire_server.training.shards import Piece
 
 
 class ManyRanks(Ranks):
-    """The ranks of torch's process group, which must be initialised."""
+    """The ranks that train together in torch's process group, which must be initialised."""
 
     is_sharded = True
 
     def __init__(
         self, device: torch.device, *, replicate: int = 1, leader: int = 0, timeout: timedelta | None = None
     ) -> None:
-        """`timeout` bounds each collective. Raises ConfigError if the ranks do not form the grid."""
+        """`timeout` limits each collective operation. Raises ConfigError for a wrong `replicate`."""
         super().__init__(device)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size % replicate:
@@ -71,7 +71,7 @@ class ManyRanks(Ranks):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The layout, replicate x shard, and NCCL on GPUs, for the environment fingerprint.
+        """The layout (replicate x shard) and, on GPUs, the version and settings of NCCL.
 
         In another layout, or with another version or algorithm of NCCL, sums are rounded differently.
         """
@@ -82,13 +82,16 @@ class ManyRanks(Ranks):
         return found
 
     def record(self, order: bytes) -> None:
-        """Record an order of the leader that this rank executes. `agree` compares the ranks' records."""
+        """Record an order from the leader that this rank executes. `agree` compares all ranks' records."""
         self._history = hashlib.sha256(self._history + order).digest()
 
     def divide(
         self, networks: Mapping[str, nn.Module | None], *, with_averages: bool
     ) -> dict[str, nn.Module]:
-        """Divide the networks among ranks, and a copy of each for its average. Raises ConfigError."""
+        """Divide the networks and their copies for moving averages among the ranks. Returns the copies.
+
+        Raises ConfigError if a network cannot be divided.
+        """
         modules = {name: module for name, module in networks.items() if module is not None}
         averages = {name: copy.deepcopy(module) for name, module in modules.items()} if with_averages else {}
         for module in (*modules.values(), *averages.values()):
@@ -120,7 +123,10 @@ class ManyRanks(Ranks):
             each.reshard()
 
     def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
-        """This rank's parts. Every rank gets as many parts as the others, and about as many positions."""
+        """This rank's parts of a logical batch.
+
+        All ranks get the same number of parts, and about the same number of positions.
+        """
         if smallest is None:  # consecutive rows for each rank
             bounds = [rank * len(lengths) // self.size for rank in range(self.size + 1)]
             of_ranks = [
@@ -140,12 +146,12 @@ class ManyRanks(Ranks):
         return own + [None] * (max(map(len, of_ranks)) - len(own))
 
     def add(self, sums: Tensor) -> Tensor:
-        """The sum over all ranks."""
+        """Add up a tensor over all ranks, in place, and return it."""
         dist.all_reduce(sums)
         return sums
 
     def share(self, full: Tensor | None, like: Tensor) -> Tensor:
-        """Broadcast a whole tensor from the leader."""
+        """Send a whole tensor from the leader to every rank, and return it."""
         there = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         if full is not None:
             there.copy_(full)
@@ -153,7 +159,10 @@ class ManyRanks(Ranks):
         return there
 
     def piece(self, live: Tensor, number: int) -> Piece | None:
-        """This rank's rows. Each replica saves some of the tensors; the leader saves those not divided."""
+        """The rows of a tensor that this rank saves, or None.
+
+        Each replica saves some of the divided tensors. The leader saves the tensors that are not divided.
+        """
         if not isinstance(live, DTensor):
             return super().piece(live, number) if self.is_leader else None
         if number % self.replicate != self._copy:
@@ -165,7 +174,7 @@ class ManyRanks(Ranks):
         return Piece(part, tuple(offsets), tuple(live.shape))
 
     def norm(self, of_part: Tensor) -> Tensor:
-        """sqrt of the sum of the squares of the parts' norms."""
+        """The norm of a divided vector: the square root of the sum of the squares of its parts' norms."""
         if self.size == self.replicate:
             return of_part
         square = of_part.double().square()
@@ -173,21 +182,22 @@ class ManyRanks(Ranks):
         return square.sqrt().to(of_part.dtype)
 
     def which(self, flag: bool) -> list[int]:
-        """The ranks on which the flag is set."""
+        """The ranks on which `flag` is True. Every rank must call this."""
         found = [torch.zeros(1, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(found, torch.tensor([flag], dtype=torch.uint8), group=self._control)
         return [rank for rank, each in enumerate(found) if int(each)]
 
     def agree(self, facts: str) -> None:
-        """Raise StateLost unless the facts, and the orders executed so far, are the same on every rank."""
+        """Raise StateLost unless `facts` and all executed orders are the same on every rank."""
         own = hashlib.sha256(self._history + facts.encode()).digest()
         found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
         other = [rank for rank, each in enumerate(found) if bytes(each.tolist()) != own]
         if other:
             raise StateLost(
-                f"rank {self.rank} has the result {facts!r}, but ranks {other} have a different one: all "
-                "ranks restart and recover the run from its journal; no acknowledged step is lost"
+                f"rank {self.rank} has the result {facts!r}, but ranks {other} have another result or "
+                "executed other orders; all ranks restart and recover the run from its journal, and no "
+                "acknowledged step is lost"
             )
 
 

@@ -2,8 +2,8 @@
 
     model-r0002-001.safetensors     the first file of rank 2 with parts of the weights
 
-A file has whole tensors or consecutive rows of them, under the names `model/generator.…`, `ema/…`. The file's
-metadata says where the rows begin, in the format of torch's distributed checkpoints: torch's
+A file has whole tensors or consecutive rows of them, under names such as `model/generator.…` and `ema/…`.
+The file's metadata says where the rows begin, in the format of torch's distributed checkpoints: torch's
 `HuggingFaceStorageReader` can also read a folder of these files.
 """
 
@@ -39,7 +39,7 @@ class Piece:
     offsets: tuple[int, ...]
     """Where it begins in the whole tensor. Only the first number may differ from 0."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
 
 
 Pieces = Mapping[str, Mapping[str, Piece]]
@@ -77,7 +77,7 @@ class Shards:
 
 
 def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write one file. Raises OSError."""
+    """Write tensors to one safetensors file. Raises OSError."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
@@ -88,7 +88,7 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None
 
 
 def _files(pieces: Mapping[str, Piece]) -> Iterator[dict[str, Piece]]:
-    """Distribute the pieces among files. A piece that is larger than a file is divided."""
+    """Distribute the pieces among files. A piece that is too large for one file is divided."""
     part: dict[str, Piece] = {}
     size = 0
     for name, piece in pieces.items():

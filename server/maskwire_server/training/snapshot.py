@@ -1,7 +1,7 @@
-"""The trainer's state in memory and in files. All are safetensors, so an untrusted file cannot run code.
+"""The trainer's state in memory and in files. All files are safetensors, which cannot run code.
 
 model.safetensors       generator.* and critic.*: weights, and buffers that belong to the state
-frozen.safetensors      the same for weights that are never trained; the same file in each checkpoint
+frozen.safetensors      the weights that are never trained; this file is the same in each checkpoint
 ema.safetensors         the same names, if the run keeps a moving average
 optimizer.safetensors   generator.* and critic.*: the optimizer's state and the number of updates
 
@@ -28,7 +28,7 @@ from maskwire_server.training.shards import Piece, Shards, save
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
-_FIXED = "; optimizer.name and what optimizer.groups freezes must be as when it was saved"
+_FIXED = "; optimizer.name and the parameters that optimizer.groups freezes must be as when it was saved"
 
 Files = dict[str, dict[str, Tensor]]
 """Tensors by file and name."""
@@ -53,7 +53,10 @@ class Snapshot:
 
 
 def _has(path: Path, tensors: dict[str, Tensor]) -> bool:
-    """Whether a file has tensors of these names. Frozen weights of one run are equal if their names are."""
+    """Whether a file has tensors of exactly these names.
+
+    In one run, frozen weights of the same name have the same values.
+    """
     return path.exists() and checkpoint_tensors.find([path], path.name).keys() == tensors.keys()
 
 
@@ -72,10 +75,10 @@ class Copier:
         self._last: weakref.ref[Snapshot | Shards] | None = None
 
     def copy(self, files: Files) -> Snapshot:
-        """Copy live tensors. Training may continue at once.
+        """Copy the live tensors to host memory. Training may continue when this returns.
 
-        While an earlier snapshot is in use, its memory is left alone and the copy gets new memory. With
-        several ranks, the leader gets the whole state; the others help to gather it, and keep nothing.
+        If an earlier snapshot is still in use, the copy gets new memory. With several ranks, the leader gets
+        the whole state. The other ranks help to gather it, and get empty tensors.
         """
         self._renew()
         if self._frozen is None:  # these never change
@@ -92,7 +95,7 @@ class Copier:
         return snapshot
 
     def copy_shards(self, files: Files) -> Shards:
-        """Copy the parts of live tensors that this rank saves."""
+        """Copy those parts of the live tensors that this rank saves to host memory."""
         self._renew()
         if self._frozen_pieces is None:
             self._frozen_pieces = self._pieces(files.get(FROZEN_FILE, {}))
@@ -136,7 +139,7 @@ class Copier:
 
 
 def live_tensors(groups: Mapping[str, Group]) -> Files:
-    """The tensors that make up the state: those in use, not copies."""
+    """The tensors of the trainer's state, by file and name. They are those in use, not copies."""
     files: Files = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
     for group_name, group in groups.items():
         for name, weight in zip(group.names, group.weights, strict=True):
@@ -156,26 +159,26 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
 
 @dataclass(frozen=True)
 class SavedState:
-    """A checkpoint whose tensors fit the groups; they are read one by one."""
+    """A checkpoint whose tensors fit the trainer. The tensors are read one at a time."""
 
     files: dict[str, SavedTensors]
     has_average: bool
-    """Whether it has a moving average; otherwise the average starts from the weights."""
+    """Whether the checkpoint has a moving average; otherwise the average starts from the weights."""
     is_untrained: bool
-    """Whether it is from before the first update: its state is then zeros for any optimizer."""
+    """Whether the checkpoint is from before the first update. The state of any optimizer is then zeros."""
 
     def tensor(self, file: str, name: str, like: Tensor) -> Tensor:
-        """The whole saved tensor for the live tensor `like`. Raises ValueError if its file cannot be read."""
+        """Read the saved tensor for the live tensor `like`, whole. Raises ValueError if that fails."""
         if file == OPTIMIZER_FILE and self.is_untrained:
             return torch.zeros(like.shape, dtype=like.dtype)
         return self.files[file][name].read()
 
 
 def read(folder: Path, groups: Mapping[str, Group]) -> SavedState:
-    """Find the tensors of a checkpoint, whichever ranks saved them.
+    """Find the tensors of a checkpoint that one process or several ranks saved.
 
-    A snapshot from before the first update fits every optimizer. Raises ValueError that names the first file
-    or tensor that is missing, unknown, or of another shape or type.
+    A checkpoint from before the first update fits every optimizer. Raises ValueError if the checkpoint does
+    not fit `groups`: it names the first file or tensor that is missing, unknown, or of another shape or type.
     """
     live = live_tensors(groups)
     optimizer = _found(folder, OPTIMIZER_FILE)
@@ -192,9 +195,9 @@ def read(folder: Path, groups: Mapping[str, Group]) -> SavedState:
 
 
 def load(saved: SavedState | None, groups: Mapping[str, Group], ranks: Ranks) -> None:
-    """Load a state that `read` found into the groups.
+    """Copy the tensors of a checkpoint that `read` found into the groups.
 
-    With several ranks, only the leader passes `saved`, and sends the tensors to the others, which pass None.
+    With several ranks, the leader passes `saved` and sends the tensors to the other ranks, which pass None.
     Raises StateLost if a file can no longer be read.
     """
     live = live_tensors(groups)
@@ -208,7 +211,7 @@ def load(saved: SavedState | None, groups: Mapping[str, Group], ranks: Ranks) ->
                     given = None if saved is None else saved.tensor(file, name, tensor)
                     assign(tensor, ranks.share(given, tensor))
     except ValueError as error:
-        raise StateLost(f"the checkpoint was loaded in part: {error}") from error
+        raise StateLost(f"only a part of the checkpoint could be loaded: {error}; check the disk") from error
     for name, group in groups.items():
         if EMA_FILE not in live:
             group.begin_average()
@@ -221,7 +224,11 @@ def _found(folder: Path, file: str) -> SavedTensors:
 
 
 def _find_weights(folder: Path, live: Files) -> dict[str, SavedTensors]:
-    """Find the weights by file, whichever were frozen when they were saved."""
+    """Find the saved weights and buffers, by the file to which they belong now.
+
+    Weights that are frozen now may have been trained when they were saved. Raises ValueError if the file of
+    frozen weights has other weights than those that are frozen now.
+    """
     files = [file for file in (MODEL_FILE, FROZEN_FILE) if file in live]
     saved = dict(_found(folder, MODEL_FILE))
     if checkpoint_tensors.files_of(folder, FROZEN_FILE):
@@ -235,16 +242,16 @@ def _find_weights(folder: Path, live: Files) -> dict[str, SavedTensors]:
 
 
 def _fitting(file: str, tensors: SavedTensors, live: dict[str, Tensor], hint: str = "") -> SavedTensors:
-    """The tensors, if they have the names, shapes and types of the live ones; otherwise ValueError."""
+    """Return `tensors` if they have the names, shapes and types of the live ones, or raise ValueError."""
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:
-            raise ValueError(f"{file}: {name} is missing{hint}")
+            raise ValueError(f"{file}: the tensor {name} is missing{hint}")
         if name not in live:
-            raise ValueError(f"{file}: {name} is not part of this model{hint}")
+            raise ValueError(f"{file}: the tensor {name} is not part of this model{hint}")
         found, wanted = tensors[name], live[name]
         if found.shape != tuple(wanted.shape) or found.dtype != wanted.dtype:
             raise ValueError(
-                f"{file}: {name} must be {wanted.dtype} {tuple(wanted.shape)}, "
-                f"got {found.dtype} {found.shape}"
+                f"{file}: the tensor {name} must be {wanted.dtype} of shape {tuple(wanted.shape)}, "
+                f"got {found.dtype} of shape {found.shape}"
             )
     return tensors

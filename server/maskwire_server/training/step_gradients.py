@@ -1,6 +1,6 @@
 """The losses and gradients of a training step, computed one micro-batch at a time.
 
-Letters: s sequences of the logical batch, b those of a part, n positions.
+Letters: s sequences of the logical batch, b sequences of a part, n positions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StepSettings:
     objective: ObjectiveConfig
     vocabulary: Vocabulary
     budget: int
-    """The most positions of a micro-batch."""
+    """The maximum number of positions in a micro-batch."""
     smallest: int
     """A micro-batch with this many positions ends before a much shorter sequence: see `split_by_length`."""
     bf16: bool
@@ -49,7 +49,7 @@ def accumulate(
     device: torch.device,
     numerics_version: int,
 ) -> BatchLosses:
-    """Add up the losses and gradients of this rank's micro-batches, computed on `device`."""
+    """Compute this rank's micro-batches on `device`. Return the sums of losses, and add up the gradients."""
     config = settings.objective
     there = batch.to(device)
     smallest = settings.smallest if numerics_version > 2 else None
@@ -97,7 +97,7 @@ def accumulate(
 
 @contextlib.contextmanager
 def _seeded(at: StepKey, ranks: Ranks, device: torch.device, *, draws_of_torch: bool) -> Iterator[None]:
-    """Seed torch's generator for the dropout of a step, with a different seed on each rank."""
+    """Seed torch's random number generator for the dropout of a step, differently on each rank."""
     if not draws_of_torch:
         yield
         return

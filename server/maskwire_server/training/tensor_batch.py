@@ -16,22 +16,23 @@ from maskwire_server.batch import Batch
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """Rows of ids, int64 and bool [r, n]. Each row is a sequence, or holds several one after another.
+    """The ids of a logical batch, int64 [r, n], and its masks, bool [r, n].
 
-    A sequence is what the objective calls a row: it has its own mask, and attends only to itself.
+    Each row is one sequence, or consists of several sequences. A sequence is what the objective calls a row:
+    it has its own mask, and attends only to itself.
     """
 
     ids_rn: Tensor
     valid_rn: Tensor
     prompt_rn: Tensor
     starts_s: Tensor | None = None
-    """int64: where each sequence starts in the flattened grid; None: each row is one."""
+    """int64: where each sequence starts in the flattened grid; None: each row is one sequence."""
     sizes_s: Tensor | None = None
-    """int64: the columns of each sequence; None if `starts_s` is."""
+    """int64: the columns of each sequence; None if `starts_s` is None."""
 
     @staticmethod
     def of(batch: Batch, pad_id: int | None) -> TensorBatch:
-        """The tensors of a batch."""
+        """Convert a batch to tensors. Ids equal to `pad_id` are padding, unless the batch has row lengths."""
         ids, valid, prompt = (torch.from_numpy(grid) for grid in batch.dense(pad_id))
         if batch.segment_ids is None:
             return TensorBatch(ids, valid, prompt)
@@ -40,7 +41,7 @@ class TensorBatch:
 
     @cached_property
     def maskable_rn(self) -> Tensor:
-        """Positions that can be masked."""
+        """The positions that can be masked, bool [r, n]: neither padding nor part of a prompt."""
         return self.valid_rn & ~self.prompt_rn
 
     @cached_property
@@ -54,7 +55,7 @@ class TensorBatch:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """The columns of each sequence up to its last valid position, at least 1."""
+        """The number of columns of each sequence, up to its last valid position, and at least 1."""
         if self.sizes_s is not None:
             sizes: list[int] = self.sizes_s.tolist()
             return sizes
@@ -63,14 +64,17 @@ class TensorBatch:
         return lengths
 
     def to(self, device: torch.device) -> TensorBatch:
-        """The same batch on a device."""
+        """Copy the batch to a device."""
         ids, valid, prompt = (grid.to(device) for grid in (self.ids_rn, self.valid_rn, self.prompt_rn))
         if self.starts_s is None or self.sizes_s is None:
             return TensorBatch(ids, valid, prompt)
         return TensorBatch(ids, valid, prompt, self.starts_s.to(device), self.sizes_s.to(device))
 
     def take(self, row_b: list[int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first columns of some sequences: ids, and the masks of valid and maskable positions, [b, c]."""
+        """The ids, valid positions and maskable positions of some sequences, each [b, c].
+
+        `row_b` holds the indices of the sequences, and `columns` is c, the number of columns to read.
+        """
         rows_b = torch.tensor(row_b, device=self.ids_rn.device)
         if self.starts_s is None or self.sizes_s is None:
             consecutive = row_b == list(range(row_b[0], row_b[0] + len(row_b)))

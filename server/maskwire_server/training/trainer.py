@@ -69,7 +69,7 @@ class TorchTrainer:
         seed: int,
         ranks: Ranks | None = None,
     ) -> None:
-        """Each of several `ranks` constructs an equal trainer, and makes the same calls in the same order."""
+        """With several `ranks`, each rank makes an equal trainer and the same calls in the same order."""
         self._ranks = ranks or Ranks()
         torch.set_num_threads(serve.threads or self._ranks.cores or numerics.cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
@@ -111,18 +111,18 @@ class TorchTrainer:
 
     @property
     def info(self) -> ModelInfo:
-        """The model that is served."""
+        """The description of the model that is served."""
         count = sum(weight.numel() for weight in self.networks.parameters())
         return described(self._model, self._objective, count)
 
     @property
     def read_tokens(self) -> int:
-        """Default of `serve.max_read_tokens` on this device."""
+        """The default of `serve.max_read_tokens` on this device."""
         return numerics.read_tokens(self._device)
 
     @property
     def versions(self) -> dict[str, str]:
-        """Versions and settings that results depend on, apart from the configuration."""
+        """The versions and settings that results depend on, by name, apart from the configuration."""
         name = numerics.processor_of(self._device)
         return {
             "torch": torch.__version__,
@@ -135,7 +135,7 @@ class TorchTrainer:
         }
 
     def use_threads(self, count: int) -> None:
-        """Compute with this number of threads. Another number rounds sums differently."""
+        """Compute with `count` threads. With another number of threads, sums are rounded differently."""
         if count != torch.get_num_threads():
             log.info("using %d threads, as the run did before; set serve.threads to change that", count)
             torch.set_num_threads(count)
@@ -147,21 +147,23 @@ class TorchTrainer:
     def configure(self, optimizer: dict[str, Any], numerics_version: int = numerics.NUMERICS_VERSION) -> None:
         """Continue with another [optimizer] section and another version of the numerics.
 
-        Raises ValueError that names the key if the state does not fit the section: another optimizer, other
-        frozen parameters, or a moving average that only one of the two has.
+        Raises ValueError, naming the key, if the section has another optimizer, freezes other parameters, or
+        differs from the present section in whether it keeps a moving average.
         """
         config, current = OptimizerConfig(**optimizer), self._optimizer
         if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
             key = "name" if config.name != current.name else "ema_decay"
-            raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(current, key)!r}")
+            raise ValueError(
+                f"optimizer.{key} was {getattr(config, key)!r} and is now {getattr(current, key)!r}"
+            )
         optimizers.configure(self._groups(), config, numerics_version)
         self._optimizer, self._numerics_version = config, numerics_version
 
     def begin(self) -> str:
-        """Load the initial weights, if the model's source has some, and check the model.
+        """Load the initial weights, if the model's source provides weights, and check the model.
 
         Returns the SHA-256 of the initial state, or "" for the built-in encoder, whose weights follow
-        from the seed. Raises ConfigError.
+        from the seed. Raises ConfigError if the weights cannot be loaded or a check fails.
         """
         if self._model.source != "encoder" and not self._initial_sha256:
             self._initial_sha256 = self._load_initial_weights(self._ranks)
@@ -170,7 +172,7 @@ class TorchTrainer:
         return self._initial_sha256
 
     def _load_initial_weights(self, ranks: Ranks) -> str:
-        """Load and check the weights, divided or not yet, without the averages. Returns the SHA-256."""
+        """Load the initial weights, but not the averages, check the model, and return the SHA-256."""
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
         at, networks = StepKey(self._seed, 0, 0), self.networks
         return model_checks.begin(
@@ -192,7 +194,7 @@ class TorchTrainer:
         self._clear_gradients()
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        """Train on one logical batch. Its split into micro-batches changes no loss or gradient.
+        """Train on one logical batch. The split into micro-batches does not change losses and gradients.
 
         If losses or gradients are not finite, or if memory runs out before the update, the state does not
         change. Raises StateLost if the update itself fails.
@@ -222,23 +224,23 @@ class TorchTrainer:
                 for group in learners:
                     group.update(rate)
         except BaseException as error:
-            raise StateLost(f"the update of step {step} failed half-way") from error
+            raise StateLost(f"the update of step {step} failed half-way; restart the server") from error
         finally:
             self._clear_gradients()
         outcome = Outcome.APPLIED if finite else Outcome.SKIPPED_NON_FINITE
         return StepResult(outcome, losses, gradient_norm, rate, sums.masked, sums.maskable)
 
     def check_modes(self, modes: Modes) -> None:
-        """Raise ValueError if a step cannot train what `modes` say."""
+        """Raise ValueError if `modes` exclude each other, or need a critic that the model does not have."""
         if modes.only_train_generator and modes.only_train_critic:
-            raise ValueError("only_train_generator and only_train_critic exclude each other, got both")
+            raise ValueError("only_train_generator and only_train_critic exclude each other; set only one")
         if modes.only_train_critic and self.critic is None:
-            raise ValueError("only_train_critic needs a critic, and this model has none; leave it out")
+            raise ValueError("only_train_critic needs a critic, and the model has none; leave this mode out")
 
     def eval_loss(
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
     ) -> EvalResult:
-        """Evaluate one batch, with the moving average if `reads_average` says so. Changes nothing."""
+        """Evaluate one batch, and change nothing. `reads_average` says which weights are used."""
         averaged = self.reads_average(raw=options.raw_weights)
         networks = self._gathered.of(self._live(averaged=averaged))
         networks.eval()
@@ -255,7 +257,7 @@ class TorchTrainer:
             self.networks.train()
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
-        """Replace all weights, given by their names in `Networks`, and restart the moving averages."""
+        """Replace all weights with `weights`, named as in `Networks`, and restart the moving averages."""
         self.networks.load_state_dict(weights, strict=True)
         for group in self._groups().values():
             group.begin_average()
@@ -263,7 +265,7 @@ class TorchTrainer:
     def generate(
         self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
     ) -> Iterator[GenerationState]:
-        """Fill in the prompts, and yield a state after each pass. `reads_average` says with which weights.
+        """Fill in the prompts, and yield a state after each pass. `reads_average` says which weights to use.
 
         Between two states nothing is left running or changed, so the caller may stop after any of them.
         Raises Unwanted soon after `wanted` returns False.
@@ -289,11 +291,11 @@ class TorchTrainer:
             yield state
 
     def snapshot(self) -> snapshot.Snapshot:
-        """A copy of the state in host memory."""
+        """Copy the whole state to host memory, and return the copy."""
         return self._copier.copy(snapshot.live_tensors(self._groups()))
 
     def copy_shards(self) -> Shards:
-        """A copy in host memory of the parts of the state that this rank saves."""
+        """Copy the parts of the state that this rank saves to host memory, and return the copy."""
         return self._copier.copy_shards(snapshot.live_tensors(self._groups()))
 
     def load(self, folder: Path) -> None:
@@ -301,11 +303,11 @@ class TorchTrainer:
         self.receive(self.read(folder))
 
     def read(self, folder: Path) -> SavedState:
-        """Find the tensors of a snapshot's files. Raises ValueError if they do not fit."""
+        """Find the tensors in the files of a snapshot. Raises ValueError if they do not fit the trainer."""
         return snapshot.read(folder, self._groups())
 
     def receive(self, saved: SavedState | None = None) -> None:
-        """Load a state. With several ranks, only the leader passes it; the others pass None."""
+        """Load a state that `read` found. With several ranks, the leader passes it, and the others None."""
         snapshot.load(saved, self._groups(), self._ranks)
 
     def _groups(self) -> dict[str, Group]:
@@ -316,7 +318,7 @@ class TorchTrainer:
         self._gathered.gather(self._live(averaged=averaged))
 
     def reads_average(self, *, raw: bool) -> bool:
-        """Whether evaluations and generations use the moving average."""
+        """Whether evaluations and generations use the moving average: if one is kept and `raw` is False."""
         return not raw and self._averaged is not None
 
     def _live(self, *, averaged: bool) -> Networks:

@@ -12,10 +12,10 @@ from maskwire_server.errors import ConfigError
 
 
 def import_object(setting: str, name: str) -> Any:
-    """Import `package.module:object`, the value of a setting, also from the current folder.
+    """Import and return the object that a setting names as `package.module:object`.
 
-    The name must come from the operator's configuration, never from a request or a file of a run. Raises
-    ConfigError.
+    The module may be in the current folder. The name must come from the operator's configuration, never from
+    a request or a file of a run. Raises ConfigError if the import fails.
     """
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
@@ -37,12 +37,12 @@ def import_object(setting: str, name: str) -> Any:
         raise ConfigError(
             f"{setting}: {name!r} cannot be imported: module {module_name!r} "
             f"({getattr(module, '__file__', None)}) has no {attribute!r}; if you mean a file of your "
-            "own, give it another name: modules of Python and of installed packages come first"
+            "own, rename it: modules of Python and of installed packages take precedence"
         ) from error
 
 
 def file_sha256(name: str) -> str:
-    """The SHA-256 of the file that defines an imported `package.module:object`, or "" without a file."""
+    """The SHA-256 of the file that defines an imported `package.module:object`, or "" if there is none."""
     path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 

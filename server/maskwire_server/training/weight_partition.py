@@ -14,7 +14,7 @@ def part_size(shape: Sequence[int], shard: int, index: int = 0) -> int:
     """How many numbers of a tensor of this shape the rank at `index` of `shard` ranks holds.
 
     Each rank has ceil(rows / shard) consecutive rows; the last ones have fewer, or none (torch's `Shard(0)`).
-    The first rank has the most, and the others reserve as much memory for weights and gradients.
+    The first rank has the most numbers, and the other ranks reserve the same memory for their parts.
     """
     rows, *others = shape
     most = -(-rows // shard)
@@ -40,5 +40,5 @@ def check_shardable(module: nn.Module, shard: int) -> None:
 
 
 def is_replicated_only(module: nn.Module) -> bool:
-    """Whether a network is a model without blocks, whose weights would all be gathered together."""
+    """Whether a network has no blocks, so that a rank would have to gather all its weights at once."""
     return isinstance(module, Backbone) and not len(module.blocks)

@@ -109,7 +109,7 @@ def test_a_refusal_that_comes_before_the_step_before_it_is_kept_until_its_number
     engine.step_refused(session, 2)
     behind = [train(number) for number in (3, 4)]
     for future in behind:
-        with pytest.raises(Refused, match="renumber the window from 2"):
+        with pytest.raises(Refused, match="renumber the later steps from 2"):
             future.result(WAIT)
     assert train(1).result(WAIT).step == 1
     assert reason(train(3)) == "GAP"
@@ -807,7 +807,7 @@ def test_a_changed_model_is_refused_and_changed_threads_only_with_steps_to_repla
     engine = rig.start()
     engine.train_step(bare(0)).result(WAIT)
     engine.close()
-    with pytest.raises(RunDirectoryError, match=r"model.dim is 256 in the run, 128 in the configuration"):
+    with pytest.raises(RunDirectoryError, match=r"model.dim is 256 in the run, but 128 in the configuration"):
         rig.start(model={"dim": 128})
     with pytest.raises(RunDirectoryError, match=r"run.seed is 0"):
         rig.start(run={"seed": 1})
@@ -875,7 +875,7 @@ def test_the_data_is_kept_from_the_first_step_on_and_changes_only_on_demand(rig:
     for _ in range(2):
         assert engine.status().data == first
         found = refused(engine, {**other, "length": "32", "held_out": "0.1"})
-        assert "content differs; held_out was not set, is 0.1; length was 16, is 32" in str(found)
+        assert "differs; held_out was not set and is now 0.1; length was 16 and is now 32" in str(found)
         assert found.metadata["changed"] == "content,held_out,length"
         assert refused(engine, {} | {"seed": "0"}).metadata["changed"] == "content,length"
         engine.close()
@@ -886,7 +886,7 @@ def test_the_data_is_kept_from_the_first_step_on_and_changes_only_on_demand(rig:
     engine.close()
     engine = rig.start()
     assert engine.status().data == other
-    assert "length was 16, is 32; content" not in str(refused(engine, longer))
+    assert "length was 16 and is now 32; content" not in str(refused(engine, longer))
 
 
 def test_a_pretrained_model_takes_no_bytes(rig: Rig) -> None:

@@ -160,7 +160,7 @@ def test_a_second_server_on_the_directory_is_refused_by_process(open_journal: Op
 
 def test_a_directory_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(RunDirectoryError, match="needs an empty directory, found thesis"):
+    with pytest.raises(RunDirectoryError, match="must be empty for a new run, but contains thesis"):
         Journal(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -175,14 +175,14 @@ def test_what_is_no_journal_is_not_taken_for_one(open_journal: Open, tmp_path: P
     folder = tmp_path / "junk"
     folder.mkdir()
     (folder / JOURNAL_FILE).write_bytes(b"junk" * 2000)
-    with pytest.raises(RunDirectoryError, match="not a readable journal"):
+    with pytest.raises(RunDirectoryError, match="the journal is not readable"):
         Journal(folder)
-    with pytest.raises(RunDirectoryError, match="not a readable journal"):
+    with pytest.raises(RunDirectoryError, match="the journal is not readable"):
         Journal(folder)  # and the lock is free again
     journal = open_journal()
     journal.transaction(lambda: journal._db.execute("UPDATE run SET value = 99 WHERE key = 'format'"))
     journal.close()
-    with pytest.raises(RunDirectoryError, match="its format is 99, but this version reads formats up to 3"):
+    with pytest.raises(RunDirectoryError, match="format is 99, but this version reads formats up to 3"):
         Journal(tmp_path / "run")
 
 

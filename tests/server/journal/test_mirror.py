@@ -306,7 +306,7 @@ def test_a_missing_segment_and_a_damaged_one_stop_a_restore(rig: MirroredRig, tm
     with pytest.raises(RunDirectoryError, match="does not match its hash"):
         rig.restore("other")
     segments[1].unlink()
-    with pytest.raises(RunDirectoryError, match="000000000002: it is missing"):
+    with pytest.raises(RunDirectoryError, match="000000000002: the segment is missing"):
         rig.restore("other")
     assert not (tmp_path / "other" / "journal.sqlite").exists()
 

@@ -58,7 +58,7 @@ def test_a_run_is_restored_from_its_upload_after_a_migration(
         again = rig.start()
         assert (again.status().durable_step, again.status().digest) == (5, digest)
         again.close()
-    with pytest.raises(RunDirectoryError, match="its journal format is 4, but this version reads 3"):
+    with pytest.raises(RunDirectoryError, match="journal format is 4, but this version reads 3"):
         rig.restore("with the older version")
 
 
@@ -73,7 +73,7 @@ def test_until_the_upload_after_a_migration_is_complete_the_older_version_restor
     with monkeypatch.context() as patch:
         migrate(patch, table=True)
         list(itertools.islice(upload_all(rig), 3))
-        with pytest.raises(RunDirectoryError, match="its journal format is 3, but this version reads 4"):
+        with pytest.raises(RunDirectoryError, match="journal format is 3, but this version reads 4"):
             rig.restore("with the newer version")
     words = restored(rig, "with the older version")
     assert words.endswith(

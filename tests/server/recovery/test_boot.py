@@ -114,7 +114,7 @@ def test_a_parents_last_records_are_missed(rig: Rig) -> None:
     change(rig.folder, "DELETE FROM steps WHERE lineage = 1 AND step = 4")
     for name in ("four", "step-000000004-lineage-2"):
         shutil.rmtree(rig.folder / "checkpoints" / name, ignore_errors=True)
-    with pytest.raises(RunDirectoryError, match=r"step 4 \(lineage 1\), from which a later one descends"):
+    with pytest.raises(RunDirectoryError, match=r"step 4 \(lineage 1\) is missing, although"):
         rig.start()
 
 
@@ -582,7 +582,7 @@ def test_a_folder_that_says_it_is_another_checkpoint_is_set_aside(rig: Rig) -> N
     engine.save(SaveRequest("one")).result(WAIT)
     close(rig)
     (rig.folder / "checkpoints" / "one").rename(rig.folder / "checkpoints" / "two")
-    assert any("says that it is 'one'" in problem for problem in verify.verify(rig.folder).problems)
+    assert any("is that of checkpoint 'one'" in problem for problem in verify.verify(rig.folder).problems)
     engine = rig.start()
     assert (rig.folder / "checkpoints" / "two.aside").is_dir()
     assert engine.status().step == 1

@@ -159,7 +159,7 @@ def test_a_loss_that_is_absent_is_no_small_difference(rig: Rig) -> None:
         return StepResult(result.outcome, losses, result.gradient_norm)
 
     killed(rig, rounding(0))
-    with pytest.raises(InexactReplayError, match="critic loss 1e-09, acknowledged was None"):
+    with pytest.raises(InexactReplayError, match="critic loss 1e-09, but None was acknowledged"):
         rig.start(rounding(0, train_step=with_a_critic))
 
 

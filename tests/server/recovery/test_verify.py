@@ -116,7 +116,7 @@ def test_a_step_is_shown_as_it_was_recorded(run_dir: Path) -> None:
     assert found.settings["optimizer.learning_rate"] == 1e-3
     assert verify.inspect(run_dir, 6).record.lineage == 2, "of the current history"
     assert verify.inspect(run_dir, 6, lineage=1).record.payload_hash == batch(5).hash(DIGEST)
-    with pytest.raises(RunDirectoryError, match=r"no step 99 .*the last is 9"):
+    with pytest.raises(RunDirectoryError, match=r"no step 99 .*the run's last step is 9"):
         verify.inspect(run_dir, 99)
     with pytest.raises(RunDirectoryError, match="there is no run here"):
         verify.inspect(run_dir.parent, 1)

@@ -79,7 +79,7 @@ def test_an_invalid_token_file_is_named_and_none_of_its_tokens(tmp_path: Path, t
 
 def test_a_token_in_two_files_and_a_missing_file_are_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "t", GOOD)
-    with pytest.raises(ConfigError, match="is listed twice, in this or another file"):
+    with pytest.raises(ConfigError, match="is listed twice, in this or another token file"):
         auth.read_tokens(config(token_read_file=path, token_admin_file=path))
     with pytest.raises(ConfigError, match="cannot be read"):
         auth.read_tokens(config(token_read_file=tmp_path / "none"))
@@ -92,7 +92,7 @@ def test_the_role_for_downloads_is_configurable(tmp_path: Path) -> None:
     assert interceptor is not None
     sent = [("authorization", f"Bearer {GOOD}")]
     interceptor._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
-    with pytest.raises(Refused, match="requires a token of role admin, and this one has role read"):
+    with pytest.raises(Refused, match="requires a token of role admin, but this token has role read"):
         interceptor._check("/maskwire.v1.TrainingService/RestoreCheckpoint", sent)
 
 

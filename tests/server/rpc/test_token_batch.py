@@ -129,7 +129,7 @@ def test_segments_are_read_as_they_were_meant() -> None:
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ([0, 0, 0, 1], "one number for each id of batch.data, 5, got 4"),
+        ([0, 0, 0, 1], "one number for each id of batch.data (5), got 4"),
         ([0, 0, 1, 0, 1], "row 1, column 1 is 0; the segment ids of a row must be at least 0 and must not"),
         ([0, -1, 0, 0, 0], "row 0, column 1 is -1"),
         ([1, 0, 0, 0, 0], "row 0, column 1 is 0"),

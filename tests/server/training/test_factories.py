@@ -254,21 +254,21 @@ WRONG: dict[Callable[..., Any], str] = {
     "generator.model.inner.weight; ",
     DrawsFromRandom: "model: it must draw random numbers with torch alone, got draws from Python's random ",
     DrawsFromNumpy: "model: it must draw random numbers with torch alone, got draws from Python's random ",
-    DrawsElsewhere: "model: the same step must give the same gradients, got others for generator.model.",
+    DrawsElsewhere: "model: the same step must give the same gradients, but those of generator.model.",
     MixesRows: "model: a row must not depend on the other rows or their length, got outputs ",
     IgnoresMask: "model: a row must not depend on the other rows or their length, got outputs ",
-    SwitchesAtShortRows: "model: the same step must give the same gradients, got others for generator.model.",
+    SwitchesAtShortRows: "model: the same step must give the same gradients, but those of generator.model.",
     CountsLongEvaluations: "model: its forward pass must not change its state, got a change of "
     "generator.model.calls; ",
     ReturnsTuple: "model: ReturnsTuple must return logits, or an object with an attribute `logits`, got "
     "tuple",
     Lazy: f"model.python.factory: {__name__}:Lazy must return a module whose parameters have shapes, got "
-    "inner.weight of a lazy layer; give its sizes",
-    SequentialOutput: "model: SequentialOutput.get_output_embeddings() must return a layer whose weight is "
-    "[vocabulary, width], as nn.Linear, got Sequential",
+    "inner.weight of a lazy layer; give the layer its sizes",
+    SequentialOutput: "model: SequentialOutput.get_output_embeddings() must return a layer with a weight "
+    "of shape [vocabulary, width], such as nn.Linear, got Sequential",
     leaves: f"model.python.factory: {__name__}:leaves raised SystemExit: 3",
     NoOutputLayer: "model: NoOutputLayer.get_output_embeddings() must return the output layer, got None",
-    Narrow: "model.num_tokens: must be the number of the model's logits at a position, 40, got 41",
+    Narrow: "model.num_tokens: must be the number of logits that the model gives per position, 40, got 41",
     Raises: "model: a step with rows of up to model.max_seq_len = 20 tokens failed: RuntimeError: my layers",
     fails: f"model.python.factory: {__name__}:fails raised KeyError: 'no such size'",
     gives_text: f"model.python.factory: {__name__}:gives_text must return a Backbone or a torch module with "
@@ -300,7 +300,7 @@ def test_a_model_of_the_users_own_trains(critic: str) -> None:
 
 
 def test_a_model_without_a_list_of_layers_is_not_compiled() -> None:
-    with pytest.raises(ConfigError, match=r"serve.compile: the model has no list of layers; set it to off"):
+    with pytest.raises(ConfigError, match=r"serve.compile: must be off for a model that has no list"):
         make_trainer(of_factory(Mixer)).networks.compile_blocks("default")
 
 
@@ -317,7 +317,7 @@ def test_muon_trains_the_linear_maps_of_the_layers(factory: Callable[..., Any], 
 
 def test_muon_on_a_model_without_layers_is_refused() -> None:
     model, optimizer = of_factory(Mixer), OptimizerConfig(name="muon")
-    words = "got muon, which trains the nn.Linear modules in `blocks`: there are none; give"
+    words = "got muon, which trains the nn.Linear modules in the model's `blocks`, and there are none; give"
     serve = ServeConfig(device="cpu")
     with pytest.raises(ConfigError, match=words):
         TorchTrainer(model, ObjectiveConfig(), optimizer, serve, 0)
@@ -400,5 +400,5 @@ def test_a_backbone_of_the_users_own_has_no_critic_of_its_own() -> None:
     globals()["build"] = build
     make_trainer(of_factory(build), critic="self").begin()
     for setting in ({"critic": "token"}, {"self_cond": True}):
-        with pytest.raises(ConfigError, match="returned a Backbone, which has neither a token critic nor"):
+        with pytest.raises(ConfigError, match="returned a Backbone, which supports neither a token critic"):
             make_trainer(of_factory(build), **setting)

@@ -89,9 +89,9 @@ def state(**layers: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "said", "words"),
     [
-        ({**LAYERS, "depth": 1}, {}, r"layers\.2\..* with these keywords the model does not have it"),
-        ({**LAYERS, "depth": 3}, {}, r"layers\.4\..* is missing: with these keywords the model has it"),
-        ({**LAYERS, "attn_kv_heads": 1}, {}, r"to_k\.weight must be \(8, 16\), got \(16, 16\)"),
+        ({**LAYERS, "depth": 1}, {}, r"layers\.2\..* a model with these keywords does not have it"),
+        ({**LAYERS, "depth": 3}, {}, r"layers\.4\..* is missing, but a model with these keywords has it"),
+        ({**LAYERS, "attn_kv_heads": 1}, {}, r"to_k\.weight must have shape \(8, 16\), got \(16, 16\)"),
         (LAYERS, {"model": {"num_tokens": 13}}, r"model.num_tokens is 13 .*, 12 in the state dict"),
         (LAYERS, {"model": {"max_seq_len": 7}}, r"model.max_seq_len is 7 .*, 6 in the state dict"),
         (LAYERS, {"critic": "token"}, r"objective.critic is \'token\' .*, \'none\' in the state dict"),

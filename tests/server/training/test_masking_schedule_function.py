@@ -100,11 +100,11 @@ def test_quadrature_is_exact_to_1e_6_with_kinks_and_1e_11_without() -> None:
 
 
 BAD: dict[str, tuple[object, str]] = {
-    "no function": (3, "must be a function of the times, got int"),
+    "no function": (3, "must be a function that takes a tensor of times, got int"),
     "an error": (lambda _: 1 / 0, r"1001 times in \[0, 1\], but raised ZeroDivisionError: division by zero"),
     "a number": (lambda _: 0.5, r"fp64 tensor of shape \[1001\].*got float"),
     "a scalar": (lambda t: 1 - t.mean(), r"shape \[1001\] for times of that shape, got shape \[\]"),
-    "fp32": (lambda t: 1 - t.float(), "got float32 on cpu: compute in the type of the times"),
+    "fp32": (lambda t: 1 - t.float(), "got float32 on cpu; compute in fp64 on the CPU"),
     "nan": (lambda t: torch.where(t > 0.5, math.nan, 1 - t), r"must be finite, got m\(0.501\) = nan"),
     "infinite": (lambda t: -t.log(), r"must be finite, got m\(0\) = inf"),
     "starts at a half": (lambda t: (1 - t) / 2, r"m\(0\) = 1 within 1e-6, got m\(0\) = 0.5"),

@@ -344,16 +344,16 @@ def test_what_is_frozen_and_the_name_cannot_change_with_the_state(tmp_path: Path
     train(trainer, 1, 2)
     before = state(trainer)
     for other, words in (
-        ({"groups": []}, r"optimizer.groups: generator.blocks.0.\S+ \(and 8 more\) was trained, is frozen"),
+        ({"groups": []}, r"generator.blocks.0.\S+ \(and 8 more\) was trained and is now frozen"),
         ({"groups": [*FROZEN, {"match": "to_logits.weight", "train": False}]},
-         "optimizer.groups: generator.to_logits.weight was frozen, is trained"),
+         "optimizer.groups: generator.to_logits.weight was frozen and is now trained"),
         ({"groups": [{"match": "nothing.*"}]}, "optimizer.groups.0.match: must match"),
-        ({"groups": FROZEN, "name": "muon"}, "optimizer.name was 'muon', is 'adamw'"),
+        ({"groups": FROZEN, "name": "muon"}, "optimizer.name was 'muon' and is now 'adamw'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             trainer.configure(whole_config(**other).optimizer.model_dump(mode="json"))
     trainer.snapshot().write(tmp_path)
-    fixed = "optimizer.name and what optimizer.groups freezes must be as when it was saved"
+    fixed = "optimizer.name and the parameters that optimizer.groups freezes must be as when it was saved"
     for optimizer, words in (
         ({"groups": []}, "frozen.safetensors: holds other weights"),
         ({"groups": [*FROZEN, {"match": "to_logits.weight", "train": False}]}, "frozen.safetensors: holds"),

@@ -1,1 +1,1 @@
-"""Models: the built-in encoder, the networks made of it, and the import and export of weights."""
+"""Models from every source, the networks made of them, and the import and export of weights."""

@@ -1,10 +1,11 @@
 """The encoder: a pre-norm bidirectional transformer over token ids.
 
-Letters: b rows, n positions, d dim, e embedding width, h heads, v vocabulary, m packed positions.
+Letters: b rows, n positions, d dim, e embedding width, h heads, c channels of a head, v vocabulary,
+m selected positions.
 The last block computes its queries, and everything after them, only at the positions that are read.
 
 It computes the same as x-transformers' `TransformerWrapper(attn_layers=Encoder(...))` with the corresponding
-options, so that weights trained with it can be imported (`x_transformers_names`).
+options, so that weights trained with x-transformers can be imported (`x_transformers_names`).
 
 Initialisation: token embeddings N(0, 2/e); positions N(0, 1), scaled by e^-1/2 where they are used
 (x-transformers); linear maps U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default, which is
@@ -29,7 +30,7 @@ from maskwire_server.training.models.backbone import Backbone, packed
 
 
 class Norm(nn.Module):
-    """Layer or root-mean-square normalisation with a gain 1 + gamma and no bias."""
+    """Layer normalisation or root-mean-square normalisation, with a gain of 1 + gamma and no bias."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class Norm(nn.Module):
         self.rms_eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d], computed in fp32 under autocast."""
+        """Normalise the last dimension of x, [..., d]. Under autocast, compute in fp32."""
         gain = self.gamma + 1
         if self.kind == "layernorm":
             return F.layer_norm(x, gain.shape, gain, eps=1e-5)
@@ -46,7 +47,10 @@ class Norm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Root-mean-square normalisation of queries or keys. Gains 1 + gamma are shared, per head, or absent."""
+    """Root-mean-square normalisation of queries or keys.
+
+    The gains, 1 + gamma, are shared by all heads, separate for each head, or absent.
+    """
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
@@ -58,7 +62,7 @@ class HeadNorm(nn.Module):
         self.gamma = None if config.qk_norm_gain == "none" else nn.Parameter(gamma)
 
     def forward(self, x_bhnc: Tensor) -> Tensor:
-        """[b, h, n, c] -> [b, h, n, c], computed in fp32 under autocast."""
+        """Normalise the last dimension of x, [b, h, n, c]. Under autocast, compute in fp32."""
         gain = None if self.gamma is None else self.gamma + 1
         if gain is None or self.heads == 1:
             return F.rms_norm(x_bhnc, (self.dim_head,), gain, eps=self.eps)
@@ -83,12 +87,16 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(config, self.kv_heads) if config.qk_norm else None
         self.qkv_sizes = config.qkv_sizes
         self.stacked_rows = {"to_qkv": config.qkv_sizes}
-        """The rows of the matrices that a linear map stacks: Muon updates each by itself."""
+        """The rows of each matrix that a linear map stacks. Muon updates each matrix separately."""
 
     def forward(
         self, x_bnd: Tensor, keep: Tensor | None, rotation: Tensor | None, read_m: Tensor | None = None
     ) -> Tensor:
-        """`keep` is None or bool [b, 1, 1, n], True for keys to attend to. `read_m` is as in `Encoder`."""
+        """Map x, [b, n, d], to an output of the same shape, or of the shape [m, d] at the positions `read_m`.
+
+        `keep` is True for the keys to attend to, bool [b, 1, 1, n]; None: all keys. `rotation` is the result
+        of `_rotation`; None: no rotary positions. `read_m` is as in `Backbone.forward`.
+        """
         # Three products, because attention on slices of one fused product makes a step 3% slower on a CPU.
         to_q, to_k, to_v = self.to_qkv.weight.split_with_sizes(self.qkv_sizes)
         products = (self._queries(x_bnd, to_q, read_m), F.linear(x_bnd, to_k), F.linear(x_bnd, to_v))
@@ -111,7 +119,7 @@ class Attention(nn.Module):
         return F.dropout(out, self.dropout, self.training)
 
     def _queries(self, x_bnd: Tensor, to_q: Tensor, read_m: Tensor | None) -> Tensor:
-        """[b, n, h c], zero outside of `read_m`."""
+        """The queries, [b, n, h c]. If `read_m` is given, they are 0 at all other positions."""
         if read_m is None:
             return F.linear(x_bnd, to_q)
         q_md = F.linear(packed(x_bnd, read_m), to_q)
@@ -129,7 +137,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around an activation, or around a gated one (Shazeer 2020) of the same inner width."""
+    """Two linear maps with an activation between them, which may be gated (Shazeer 2020).
+
+    The inner width is int(dim * ff_mult) with and without a gate.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -143,7 +154,7 @@ class FeedForward(nn.Module):
         self.stacked_rows = {"up": (inner, inner)} if self.gated else {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> [..., d]."""
+        """Apply the feed-forward layers to x, [..., d]. The shape does not change."""
         x = self.up(x)
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
@@ -155,7 +166,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """A transformer block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -167,7 +178,7 @@ class Block(nn.Module):
     def forward(
         self, x_bnd: Tensor, keep: Tensor | None, rotation: Tensor | None, read_m: Tensor | None = None
     ) -> Tensor:
-        """[b, n, d] -> [b, n, d], or packed [m, d] at the positions `read_m`."""
+        """Map x, [b, n, d], to an output of the same shape, or of shape [m, d] at `read_m`."""
         attended = self.attention(self.attention_norm(x_bnd), keep, rotation, read_m)
         x = (x_bnd if read_m is None else packed(x_bnd, read_m)) + attended
         out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
@@ -175,7 +186,7 @@ class Block(nn.Module):
 
 
 class Encoder(Backbone):
-    """Embeds ids and runs them through the blocks. The last block computes only the positions to read.
+    """Embeds ids and applies the blocks. The last block computes only the positions that are read.
 
     `outputs` is the number of scores per position: the vocabulary size for a generator, 1 for a critic.
     """
@@ -206,9 +217,9 @@ class Encoder(Backbone):
         cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings after the final norm.
+        """Return the embeddings after the final norm, [b, n, d], or only those at `read_m`, [m, d].
 
-        The last block computes queries, output and feed-forward only at `read_m`.
+        The last block computes queries, output and feed-forward only at the positions `read_m`.
         """
         n = ids_bn.shape[1]
         x = self.token_emb(ids_bn)
@@ -222,8 +233,8 @@ class Encoder(Backbone):
             x = self.project_emb(x)
         keep = None
         if valid_bn is not None:
-            # A row that is all padding attends to itself. A softmax over nothing would be NaN, and so
-            # would be the gradients, even if its output is not used.
+            # A row of nothing but padding attends to all its positions. A softmax over no keys would be NaN,
+            # and so would the gradients, even if the output of the row is not used.
             keep = rearrange(valid_bn | ~valid_bn.any(-1, keepdim=True), "b n -> b 1 1 n")
         rotation = None if self.pos_emb is not None else _rotation(n, self.config, x.device)
         for index, block in enumerate(self.blocks, 1):
@@ -236,18 +247,21 @@ class Encoder(Backbone):
         return e
 
     def head(self, e_md: Tensor) -> Head:
-        """The output layer for packed positions. Scales the embeddings, not the tied weight."""
+        """Return the input, weight and bias of the output layer for the embeddings of m positions.
+
+        If the weight is tied to the token embeddings, this scales the embeddings instead of the weight.
+        """
         if self.to_logits is not None:
             return Head(e_md, self.to_logits.weight)
         return Head(e_md / math.sqrt(e_md.shape[-1]), self.token_emb.weight)
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Choose whether to keep only the blocks' inputs for the backward pass, and recompute the rest."""
+        """Turn activation checkpointing on or off. With it, the backward pass recomputes each block."""
         self._recomputes = on
 
 
 def _rotation(n: int, config: ModelConfig, device: torch.device) -> Tensor:
-    """cos and sin of the rotary angles of r channels, fp32 [2, n, r] (Su et al. 2021)."""
+    """The cosines and sines of the rotary angles of r channels, fp32 [2, n, r] (Su et al. 2021)."""
     width = config.rotary_dim or config.dim_head
     exponent = torch.arange(0, width, 2, device=device) / width
     if config.rotary_pairs == "interleaved":

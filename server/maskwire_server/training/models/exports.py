@@ -1,4 +1,4 @@
-"""Write a loaded model in the format of the library that it comes from."""
+"""Write a model in the format of x-transformers, transformers or peft, or join files of several ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from maskwire_server.training.models.standalone_model import MaskedModel, read_w
 
 
 def write_state_dict(module: MaskedModel, out: Path) -> str:
-    """Write the state dict of a `NonAutoregressiveWrapper` as safetensors.
+    """Write the model to a safetensors file, as the state dict of a `NonAutoregressiveWrapper`.
 
-    Returns the Python expression of the network that it fits. Raises ValueError and OSError.
+    Returns the Python expression that builds the network for it. Raises ValueError if x-transformers has no
+    such network, and OSError if the file cannot be written.
     """
     weights = module.networks.state_dict()
     if module.config.source == "encoder":
@@ -33,7 +34,8 @@ def write_state_dict(module: MaskedModel, out: Path) -> str:
 def write_whole(folder: Path, manifest: Manifest, out: Path) -> list[str]:
     """Join the weights of a checkpoint that several ranks wrote, and write them to the folder `out`.
 
-    Returns the names of the files. Raises ValueError if a file is missing or was changed, and OSError.
+    Returns the names of the written files. Raises ValueError if a file of the checkpoint is missing or was
+    changed, and OSError if a file cannot be written.
     """
     found = {unsharded_name(file.name) for file in manifest.info.files}
     written = sorted(found & {*WEIGHT_FILES, FROZEN_FILE})
@@ -43,16 +45,16 @@ def write_whole(folder: Path, manifest: Manifest, out: Path) -> list[str]:
 
 
 def write_folder(module: MaskedModel, folder: Path, *, merged: bool) -> None:
-    """Write the model with its weights, for `AutoModelForMaskedLM.from_pretrained`. Raises OSError.
+    """Write the model to a folder, for `AutoModelForMaskedLM.from_pretrained`. Raises OSError.
 
-    `merged` adds the product of the adapters to the matrices.
+    With `merged`, the low-rank adapters are merged into the weights that they adapt.
     """
     model: Any = _masked_lm(module).model
     (model.merge_and_unload() if merged else model).save_pretrained(folder)
 
 
 def write_adapters(module: MaskedModel, folder: Path) -> None:
-    """Write the adapters alone, for `PeftModel.from_pretrained`. Raises OSError."""
+    """Write only the low-rank adapters to a folder, for `PeftModel.from_pretrained`. Raises OSError."""
     model: Any = _masked_lm(module).model
     source = module.config.huggingface
     assert source is not None
@@ -60,7 +62,7 @@ def write_adapters(module: MaskedModel, folder: Path) -> None:
         base = Path(source.path)  # a name on the hub stays as it is
         settings.base_model_name_or_path = str(base.absolute()) if base.exists() else source.path
         settings.revision = source.revision
-    # The default would ask the hub whether the base has another vocabulary.
+    # The default would ask the hub whether the base model has another vocabulary.
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
 
@@ -76,5 +78,8 @@ def left_out(module: MaskedModel) -> list[str]:
 def _masked_lm(module: MaskedModel) -> MaskedLM:
     generator = module.networks.generator
     if not isinstance(generator, MaskedLM):
-        raise TypeError(f"generator must be a MaskedLM, got {type(generator).__name__}")
+        raise TypeError(
+            "only a MaskedLM can be exported for transformers or peft, got a generator of type "
+            f"{type(generator).__name__}"
+        )
     return generator

@@ -16,7 +16,10 @@ from maskwire_server.training.models.backbone import Backbone
 
 
 class Networks(nn.Module):
-    """A generator and its critic: none, a head on the generator's trunk (`self`), or a model (`token`)."""
+    """A generator, and its critic if objective.critic is not "none".
+
+    The critic is a linear layer on the generator's embeddings ("self") or a model of its own ("token").
+    """
 
     def __init__(
         self, model: ModelConfig, objective: ObjectiveConfig, factory: sources.Factory | None = None
@@ -31,7 +34,7 @@ class Networks(nn.Module):
         _make_contiguous(self)
 
     def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
-        """A copy with other modules, for example those that hold the moving averages."""
+        """Return a copy with another generator and critic, for example those of the moving averages."""
         if not isinstance(generator, Backbone):
             raise TypeError(f"generator must be a Backbone, got {type(generator).__name__}")
         other = copy.copy(self)
@@ -40,19 +43,20 @@ class Networks(nn.Module):
         return other
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Choose whether to keep only the blocks' inputs for the backward pass, and recompute the rest."""
+        """Turn activation checkpointing on or off. With it, the backward pass recomputes each block."""
         for backbone in self.backbones:
             backbone.checkpoint_activations(on)
 
     def compile_blocks(self, mode: str) -> None:
         """Compile each block with torch.compile, for batches of any shape.
 
-        The last block never runs in a CUDA graph: the number of its outputs changes from step to step.
+        The last block never runs in a CUDA graph, because the number of positions that it computes changes
+        from step to step. Raises ConfigError if a model has no blocks.
         """
         for backbone in self.backbones:
             if not backbone.blocks:
                 raise ConfigError(
-                    f"serve.compile: the model has no list of layers; set it to off, got {mode}"
+                    f"serve.compile: must be off for a model that has no list of layers, got {mode}"
                 )
             *others, last = backbone.blocks
             for block in others:
@@ -67,26 +71,32 @@ class Networks(nn.Module):
     def embed(
         self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning, read_m: Tensor | None = None
     ) -> Tensor:
-        """Embeddings after the generator's final norm, [b, n, d], or [m, d] at the positions `read_m`."""
+        """Return the generator's embeddings of the ids, [b, n, d], or only those at `read_m`, [m, d]."""
         e: Tensor = self.generator(ids_bn, valid_bn, cond, read_m)
         return e
 
     def head(self, e_md: Tensor) -> Head:
-        """The generator's output layer for packed positions."""
+        """Return the input, weight and bias of the generator's output layer for m positions."""
         return self.generator.head(e_md)
 
     def project(self, e_md: Tensor) -> Tensor:
-        """Logits of packed positions, [m, v]."""
+        """Return the generator's logits, [m, v], for the embeddings of m positions."""
         return self.generator.project(e_md)
 
     def conditioning(self, e_bnd: Tensor | None) -> Conditioning:
-        """The embeddings of a first pass, or "null" without one. None without self-conditioning."""
+        """Return the conditioning of a pass: the embeddings of a first pass, or "null" if there was none.
+
+        Returns None if the generator has no self-conditioning.
+        """
         if self.generator.null_embed is None:
             return None
         return "null" if e_bnd is None else e_bnd
 
     def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
-        """The critic's logits, [b, n]. The critic's passes are never self-conditioned."""
+        """Return the critic's logits, [b, n]. The critic's passes are never self-conditioned.
+
+        A self critic trains the generator only with `train_trunk`.
+        """
         if self.critic is None:
             raise ValueError("objective.critic must be 'self' or 'token' to score ids, got 'none'")
         if isinstance(self.critic, Backbone):
@@ -104,7 +114,7 @@ class Networks(nn.Module):
 
 
 def _make_contiguous(module: nn.Module) -> None:
-    """Make buffers and frozen weights contiguous, so that they can be saved and loaded into."""
+    """Make buffers and frozen weights contiguous, so that they can be saved, and loaded in place."""
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             if not buffer.is_contiguous():

@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 def architecture(model: ModelConfig) -> nn.Module:
-    """The model with random weights."""
+    """Build the model that [model.huggingface] describes, with random weights. Raises ConfigError."""
     source = model.huggingface
     assert source is not None
     transformers = _library()
     try:
         values = {key: value for key, value in source.config.items() if key != "model_type"}
-        if source.trust_remote_code and "auto_map" in source.config:  # the run does not record its code
+        if source.trust_remote_code and "auto_map" in source.config:  # the run does not record the code
             config = transformers.AutoConfig.from_pretrained(
                 source.path, revision=source.revision, trust_remote_code=True
             )
@@ -36,22 +36,24 @@ def architecture(model: ModelConfig) -> nn.Module:
         )
     except Exception as error:
         raise ConfigError(
-            f"model.huggingface: transformers cannot build the model: {one_line(error)}"
+            f"model.huggingface: transformers cannot build the model: {one_line(error)}; correct its "
+            "config.json, or install the version of transformers that it needs"
         ) from error
     try:
         _fit_vocabulary(module, model.num_tokens)
     except Exception as error:
         raise ConfigError(
-            f"model.num_tokens: {type(module).__name__} cannot get more ids than its vocabulary has, got "
+            f"model.num_tokens: the vocabulary of {type(module).__name__} cannot be extended, got "
             f"{model.num_tokens} ({one_line(error)}); use an id of its vocabulary as model.mask_id"
         ) from error
     return module
 
 
 def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
-    """Load the weights of the folder or hub into the model. Raises ConfigError.
+    """Load the weights of model.huggingface.path, a folder or a name on the hub. Raises ConfigError.
 
-    Weights that are missing there, and rows of added ids, keep their values, drawn with the run's seed.
+    Weights that are missing there, and embeddings of added ids, keep their random values, which were drawn
+    with the run's seed.
     """
     source = model.huggingface
     assert source is not None
@@ -82,19 +84,19 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
     }
     with torch.no_grad():
         for name, tensor in found.state_dict().items():
-            if name not in missing:  # a second load must not draw other random values
+            if name not in missing:  # `found` has other random values for it
                 # Embeddings with added ids have more rows than the tensor.
                 own[name][tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
 def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
-    """The model with low-rank adapters, the only weights that are trained. Raises ConfigError."""
+    """Add low-rank adapters to the model, and freeze its other weights. Raises ConfigError."""
     lora, source = model.lora, model.huggingface
     assert lora is not None
     assert source is not None
     own_ids = source.config.get("vocab_size", model.num_tokens)
     if model.num_tokens > own_ids:
-        # peft could train their rows alone, but version 0.21 then drops the bias of a tied output layer.
+        # peft could train the added rows alone, but version 0.21 then drops the bias of a tied output layer.
         raise ConfigError(
             f"model.num_tokens: must be at most the vocabulary of the model, {own_ids}, "
             f"with [model.lora], because adapters do not train added ids, got {model.num_tokens}; use an id "
@@ -119,7 +121,7 @@ def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
     if named:
         raise ConfigError(
             f"model.lora.target_modules: must not name the output layer or a layer that shares its weight, "
-            f"got {named[0]!r}"
+            f"got {named[0]!r}; remove it from the list"
         )
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
@@ -129,18 +131,20 @@ def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
             warnings.filterwarnings("ignore", "`?is_gradient_checkpointing", FutureWarning)
             adapted: nn.Module = peft.get_peft_model(module, settings)
     except ValueError as error:
-        raise ConfigError(f"model.lora.target_modules: {one_line(error)}") from error
+        raise ConfigError(
+            f"model.lora.target_modules: peft cannot adapt these modules: {one_line(error)}"
+        ) from error
     return adapted
 
 
 def fill_id(model: ModelConfig) -> int:
-    """The id to put at padding."""
+    """The id that the model gets at padding: the padding id in its config.json, or 0 if it has none."""
     config = model.huggingface.config if model.huggingface else {}
     return int(config.get("pad_token_id") or 0)
 
 
 def _fit_vocabulary(module: Any, num_tokens: int) -> None:
-    """Add rows to the embeddings, drawn from torch's generator, for ids beyond the model's vocabulary."""
+    """Add rows to the embeddings for ids beyond the model's vocabulary, with random values."""
     if module.get_input_embeddings().weight.shape[0] < num_tokens:
         module.resize_token_embeddings(num_tokens, mean_resizing=False)
 

@@ -1,11 +1,11 @@
-"""Modules with an output embedding layer, such as the masked language models of transformers.
+"""Modules with an output layer for logits, such as the masked language models of transformers.
 
-Their logits are x w^T + b for the input x of that layer. A hook keeps x and passes zero positions to the
-layer, so that the module's own forward pass computes no logits; they are computed later, for masked positions
-only.
-At the first use x w^T + b is compared with the module's own logits, at fixed values of the weights. If they
-differ (ESM adds its bias elsewhere, MobileBERT reads its decoder's weight directly), the module's own logits
-are used, at every position.
+Their logits are x w^T + b, where x is the input of the output layer. A hook keeps x and passes zero positions
+to the layer, so that the module's own forward pass computes no logits. They are computed later, at masked
+positions only.
+At the first use, x w^T + b is compared with the module's own logits, with fixed values of the weights. If
+they differ (ESM adds its bias elsewhere, MobileBERT reads its decoder's weight directly), the module's own
+logits are used, which are computed at every position.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from maskwire_server.training.models.backbone import Backbone, attended, mark_fu
 log = logging.getLogger(__name__)
 
 _FUSED = {"ModernBertAttention": {"Wqkv": 3}, "ModernBertMLP": {"Wi": 2}}
-"""The linear maps of transformers' modules that stack several matrices: by class and name, how many."""
+"""How many matrices a linear map stacks, by the class of a transformers module and the map's name."""
 
 
 class MaskedLM(Backbone):
-    """A module that is called with `input_ids` or `inputs_embeds`, and `attention_mask`.
+    """A `Backbone` around a module that takes `input_ids` or `inputs_embeds`, and `attention_mask`.
 
-    `outputs` is None for a generator, whose scores are the module's logits, or the number of scores per
-    position of a critic. `fill_id` replaces ids at padding: the module's own padding id.
-    `mask_id` is the id at masked positions.
+    `outputs` is the number of scores per position of a critic; None: a generator, whose scores are the
+    module's logits. `mask_id` is the id at masked positions. `fill_id` is the id that the module gets at
+    padding.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class MaskedLM(Backbone):
         weight = getattr(output, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise ConfigError(
-                f"model: {type(module).__name__}.get_output_embeddings() must return a layer whose weight is "
-                f"[vocabulary, width], as nn.Linear, got {type(output).__name__}"
+                f"model: {type(module).__name__}.get_output_embeddings() must return a layer with a weight "
+                f"of shape [vocabulary, width], such as nn.Linear, got {type(output).__name__}"
             )
         self.dim = weight.shape[1]
         self.blocks = _layers(module)
@@ -74,34 +74,37 @@ class MaskedLM(Backbone):
         cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
-        """The input of the output layer, or the logits if they are not linear in it, selected at `read_m`."""
+        """Return the inputs of the output layer, [b, n, d], or only those at `read_m`, [m, d].
+
+        If the logits are not a linear map of these inputs, return the logits instead, [b, n, v] or [m, v].
+        """
         if not self._compared:
             self.gives_logits, self._compared = not self._is_linear(ids_bn, valid_bn), True
         e_bnd = (self._logits if self.gives_logits else self._embeddings)(ids_bn, valid_bn, cond)
         return e_bnd if read_m is None else packed(e_bnd, read_m)
 
     def head(self, e_md: Tensor) -> Head:
-        """The head for `e_md`: the model's output layer, or a critic's score layer.
+        """Return the input, weight and bias of the output layer, or of a critic's score layer.
 
-        It has no weights if `e_md` already holds logits.
+        If the input `e_md` already holds logits, weight and bias are None.
         """
         layer = self.to_scores or self._output_layer()
         return Head(e_md, None) if self.gives_logits else Head(e_md, layer.weight, layer.bias)
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Use the module's own activation checkpointing. Raises ConfigError if it has none."""
+        """If `on`, use the module's own activation checkpointing. Raises ConfigError if it has none."""
         if not on:
             return
         if not getattr(self.model, "supports_gradient_checkpointing", False):
             raise ConfigError(
-                f"serve.activation_checkpointing: {type(self.model).__name__} has none; set it to false, "
-                "got true"
+                f"serve.activation_checkpointing: must be false, got true: {type(self.model).__name__} does "
+                "not support it"
             )
         self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
     @property
     def base(self) -> nn.Module:
-        """The module itself, without adapters."""
+        """The module without its low-rank adapters."""
         inner = getattr(self.model, "get_base_model", None)
         return self.model if inner is None else inner()
 
@@ -115,7 +118,7 @@ class MaskedLM(Backbone):
         return (inputs[0][:, :0], *inputs[1:])
 
     def _input_of_output(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning) -> Tensor | None:
-        """The input of the output layer; None if the module does not call it."""
+        """The input of the output layer; None if the module does not call that layer."""
         self._is_capturing = True
         try:
             self._call(ids_bn, valid_bn, cond)
@@ -129,8 +132,8 @@ class MaskedLM(Backbone):
         if found is None or found.shape[:2] != ids_bn.shape:
             shape = "nothing" if found is None else tuple(found.shape)
             raise ConfigError(
-                f"model: the output layer of {type(self.model).__name__} must be called once with [rows, "
-                f"columns, width] = {[*ids_bn.shape, self.dim]}, got {shape}"
+                f"model: the output layer of {type(self.model).__name__} must be called once, with the "
+                f"shape [rows, columns, width] = {[*ids_bn.shape, self.dim]}, got {shape}"
             )
         return found
 
@@ -157,7 +160,10 @@ class MaskedLM(Backbone):
 
     @torch.no_grad()
     def _is_linear(self, ids_bn: Tensor, valid_bn: Tensor | None) -> bool:
-        """Compare x w^T + b with the module's own logits."""
+        """Whether the module's own logits are x w^T + b, where x is the input of the output layer.
+
+        Raises ConfigError if the logits are not finite, or do not allow self-conditioning.
+        """
         training = self.model.training
         self.model.eval()
         try:
@@ -172,7 +178,7 @@ class MaskedLM(Backbone):
         if not bool(torch.isfinite(own).all()):
             raise ConfigError(
                 f"model: the logits of {type(self.base).__name__} must be finite, also in rows of mask ids "
-                "alone; this model cannot be trained with masks"
+                "alone; choose another model, because this one cannot be trained with masks"
             )
         if product is not None and own.shape == product.shape:
             error = float((own - product).abs().max())
@@ -181,23 +187,24 @@ class MaskedLM(Backbone):
         name = type(self.base).__name__
         if self.to_self_cond is not None:
             raise ConfigError(
-                f"objective.self_cond: the logits of {name} are no linear map of an embedding that could "
-                "condition its next pass; set it to false, got true"
+                f"objective.self_cond: must be false, got true: the logits of {name} are not a linear map of "
+                "an embedding, so it has no embedding that could condition its next pass"
             )
         log.warning(
-            "the logits of %s are not the product of its output layer: they are computed at all positions, "
-            "which takes %d x 4 bytes for each", name, own.shape[-1],
+            "the logits of %s are not the product of its output layer, so they are computed at all "
+            "positions, which takes %d x 4 bytes per position", name, own.shape[-1],
         )  # fmt: skip
         return False
 
 
 @contextlib.contextmanager
 def _other_values(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Give the parameters outside the layers fixed values that reveal what follows the output layer.
+    """Give the parameters outside `layers` fixed values in the `with` block, and restore them after it.
 
-    The decision is then the same at every start, whatever the weights are. At the weights' own values, a new
-    bias of 0, a scale of 1, or a soft cap of small logits would be missed. Matrices are scaled so that a
-    normalised embedding gives logits of about 3.
+    With these values, anything that follows the output layer changes the logits, and the result of the
+    comparison is the same at every start. With the weights' own values, the comparison would miss a new bias
+    of 0, a scale of 1, or a soft cap of small logits. Matrices are scaled so that a normalised embedding
+    gives logits of about 3.
     """
     inside = {weight for layer in layers for weight in layer.parameters()}
     outside = [w for w in module.parameters() if w not in inside and w.is_floating_point()]
@@ -214,7 +221,7 @@ def _other_values(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[No
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The module's own `blocks`, or else its list of modules with the most parameters."""
+    """The module's own `blocks` if it has them, or else its `nn.ModuleList` with the most parameters."""
     own = getattr(module, "blocks", None)
     if isinstance(own, (nn.ModuleList, list, tuple)):  # not a number of blocks
         return list(own)

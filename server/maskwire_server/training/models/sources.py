@@ -1,4 +1,4 @@
-"""Builds the model that [model] describes, for each source. No other module builds models."""
+"""Build the model that [model] describes, for any model.source. Nothing else builds models."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from maskwire_server.training.models.masked_lm import MaskedLM
 from maskwire_server.training.models.transformer_wrapper import XTransformers
 
 Factory = Callable[..., nn.Module]
-"""Builds a user's own model. Called with [model] and the options of [model.python]."""
+"""A function that builds a user's own model. It is called with [model] and model.python.options."""
 
 
 def generator(model: ModelConfig, factory: Factory | None = None, *, self_cond: bool) -> Backbone:
-    """The model, with weights drawn from torch's generator. Raises ConfigError.
+    """Build the generator of [model] with random weights. Raises ConfigError.
 
-    `factory` is called instead of the function that the configuration names.
+    torch's random number generator must be seeded. `factory`, if given, is called instead of the function
+    that model.python.factory names.
     """
     return _backbone(model, None, factory, self_cond=self_cond)
 
 
 def critic(model: ModelConfig, factory: Factory | None = None) -> Backbone:
-    """A separate model with one score per position. Raises ConfigError."""
+    """Build a critic as a model of its own, with one score per position. Raises ConfigError."""
     return _backbone(model, 1, factory, self_cond=False)
 
 
@@ -65,12 +66,14 @@ def _of_factory(
     try:
         found = build(model, **copy.deepcopy(model.python.options))
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"model.python.factory: {name} raised {user_code.one_line(error)}") from error
+        raise ConfigError(
+            f"model.python.factory: {name} raised {user_code.one_line(error)}; correct it, or its options"
+        ) from error
     if isinstance(found, Backbone):
         if outputs is not None or self_cond:
             raise ConfigError(
-                f"model.python.factory: {name} returned a Backbone, which has neither a token critic nor "
-                "self-conditioning of its own; return a module with get_output_embeddings() for them"
+                f"model.python.factory: {name} returned a Backbone, which supports neither a token critic "
+                "nor self-conditioning; to use them, return a torch module with get_output_embeddings()"
             )
         return found
     if not isinstance(found, nn.Module) or not hasattr(found, "get_output_embeddings"):
@@ -82,13 +85,13 @@ def _of_factory(
     if lazy is not None:
         raise ConfigError(
             f"model.python.factory: {name} must return a module whose parameters have shapes, got {lazy} of "
-            "a lazy layer; give its sizes"
+            "a lazy layer; give the layer its sizes"
         )
     return MaskedLM(found, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=model.pad_id or 0)
 
 
 def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> None:
-    """Load pretrained weights into newly built models, if the source has some. Raises ConfigError."""
+    """Load pretrained weights into new models, if model.huggingface.pretrained is set. Raises ConfigError."""
     if model.huggingface is None or not model.huggingface.pretrained:
         return
     for backbone in backbones:
@@ -97,7 +100,10 @@ def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> N
 
 
 def versions(model: ModelConfig) -> dict[str, str]:
-    """What a model's results depend on besides torch: versions of libraries, the hash of a factory's file."""
+    """The versions that a model's results depend on, by name, except that of torch.
+
+    They are the versions of libraries, and the SHA-256 of the file that defines a user's factory.
+    """
     packages = {
         "encoder": [],
         "x-transformers": ["x-transformers"],
@@ -111,7 +117,10 @@ def versions(model: ModelConfig) -> dict[str, str]:
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
-    """The hash of tensors: each one's name, type, shape and little-endian content, in order of the names."""
+    """The SHA-256 of tensors, in hexadecimal.
+
+    It covers each tensor's name, type, shape and little-endian content, in the order of the names.
+    """
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -29,9 +29,9 @@ _INSTEAD = ", or use the trained weights with weights = 'raw'"
 
 
 class MaskedModel(nn.Module):
-    """The generator, as it is used in evaluation. It maps ids with masks to logits.
+    """The generator as evaluation uses it. It maps ids, some of which are masked, to logits.
 
-    Put `mask_id` at the positions to predict. With self-conditioning, `forward` computes both passes.
+    Put `mask_id` at the positions to predict. With self-conditioning, `forward` computes the first pass too.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class MaskedModel(nn.Module):
         self._vocabulary = Vocabulary.of(model)
 
     def forward(self, ids_bn: Tensor, valid_bn: Tensor | None = None) -> Tensor:
-        """Logits, fp32 [b, n, v], for ids, int64 [b, n]. The mask id and the pad id have logit -inf.
+        """Return logits, fp32 [b, n, v], for ids, int64 [b, n]. The mask and pad ids have logits of -inf.
 
-        `valid_bn` is False at padding. By default, padding is where the ids equal the model's pad id, if any.
+        `valid_bn` is False at padding. By default, padding is where the ids equal the model's pad id.
         """
         if valid_bn is None and self.config.pad_id is not None:
             valid_bn = ids_bn != self.config.pad_id
@@ -70,12 +70,12 @@ def load(
     device: str | torch.device = "cpu",
     factory: Factory | None = None,
 ) -> MaskedModel:
-    """Load the model from the folder of a checkpoint, downloaded or in a run directory. In evaluation mode.
+    """Load a model, in evaluation mode, from the folder of a checkpoint, downloaded or in a run directory.
 
     `weights` is "ema" for the moving average, "raw" for the trained weights, or "auto" for those that the
-    server evaluates: the moving average if the run keeps one. No file in the folder can run code: a model of
-    your own needs the `factory` that built it, which is called as on the server. Raises ValueError for files
-    that are missing, damaged or do not fit the configuration in the folder.
+    server evaluates: the moving average if the run keeps one. No file in the folder can run code. If a
+    function of your own built the model, pass it as `factory`; it is called as on the server. Raises
+    ValueError if files are missing, are damaged, or do not fit the configuration in the folder.
     """
     folder = Path(path)
     found = manifest(folder)
@@ -93,7 +93,9 @@ def load(
         if FROZEN_FILE in files:
             tensors |= read_weights(folder, found, FROZEN_FILE)
     except (ConfigError, SafetensorError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{folder}: this version cannot read the checkpoint ({error})") from error
+        raise ValueError(
+            f"{folder}: the checkpoint cannot be read ({error}); use the version that wrote it"
+        ) from error
     try:
         module = _build(model, objective, factory)
     except ConfigError as error:
@@ -106,9 +108,9 @@ def load(
 
 
 def read_weights(folder: Path, found: Manifest, file: str, instead: str = "") -> dict[str, Tensor]:
-    """The tensors of one file of weights, or of the files in which several ranks wrote its parts.
+    """Read the tensors of one file of weights, or of the files in which several ranks wrote its parts.
 
-    Raises ValueError if a file is missing, is not one that the manifest lists, or was changed.
+    Raises ValueError if a file is missing, was changed, or is not listed in the manifest.
     """
     listed = {each.name: each for each in found.info.files if unsharded_name(each.name) == file}
     for name, described in listed.items():
@@ -127,19 +129,25 @@ def read_weights(folder: Path, found: Manifest, file: str, instead: str = "") ->
 def _build(model: ModelConfig, objective: ObjectiveConfig, factory: Factory | None) -> MaskedModel:
     if model.source == "python" and factory is None:
         named = model.python.factory if model.python else ""
-        raise ConfigError(f"its model was built by {named!r}: pass that function as factory=")
+        raise ConfigError(f"the model was built by the function {named!r}; pass it as factory=")
     if model.huggingface is not None and model.huggingface.trust_remote_code:
-        raise ConfigError("its model runs code of its own: build it with transformers, and load the weights")
+        raise ConfigError(
+            "the model needs code of its own (trust_remote_code), which is not run here; build the model "
+            "with transformers, and load the weights into it"
+        )
     return MaskedModel(model, objective, factory)
 
 
 def manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint's folder. Raises ValueError if there is none, or if it was changed."""
+    """Read the manifest in a checkpoint's folder. Raises ValueError if it is missing or not valid."""
     try:
         return Manifest.from_json((folder / MANIFEST).read_bytes())
     except OSError as error:
         raise ValueError(
-            f"{folder} is not a complete checkpoint: {MANIFEST} cannot be read ({error.strerror})"
+            f"{folder} is not a complete checkpoint: {MANIFEST} cannot be read "
+            f"({error.strerror}); give the folder of a complete checkpoint"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder / MANIFEST} is not a valid manifest: {error}") from error
+        raise ValueError(
+            f"{folder / MANIFEST} is not a valid manifest: {error}; copy the checkpoint again"
+        ) from error

@@ -55,19 +55,20 @@ REFUSED: dict[str, str] = {
     "num_tokens": "is model.num_tokens", "max_seq_len": "is model.max_seq_len",
     "attn_layers": "is made from the other keywords",
 }  # fmt: skip
-"""Keywords that are not accepted, and why."""
+"""Keywords that are refused, each with the reason."""
 
 
 UNDECAYED = (
     "qk_norm_q_scale", "qk_norm_k_scale", "head_scale_params", "memory_tokens", "mem_k", "mem_v",
     "ff_deep_embed", "stream_emb",
 )  # fmt: skip
-"""Gains and embeddings without weight decay that are bare parameters, not modules for norms or embeddings."""
+"""Gains and embeddings that are parameters without a module of their own. They get no weight decay."""
 
 
 class XTransformers(Backbone):
-    """A `TransformerWrapper` with an `Encoder`. The names of its weights begin with `net.`, as in
-    `NonAutoregressiveWrapper`.
+    """A `TransformerWrapper` of x-transformers with an `Encoder`.
+
+    The names of its weights begin with `net.`, as in `NonAutoregressiveWrapper`.
     """
 
     def __init__(self, model: ModelConfig, outputs: int, *, self_cond: bool) -> None:
@@ -86,7 +87,8 @@ class XTransformers(Backbone):
             )
         except Exception as error:
             raise ConfigError(
-                f"model.x_transformers: x-transformers refuses these keywords: {one_line(error)}"
+                f"model.x_transformers: x-transformers cannot build this model: {one_line(error)}; correct "
+                "the keywords"
             ) from error
         self.undecayed = UNDECAYED
         self.dim = self.net.attn_layers.dim
@@ -102,30 +104,33 @@ class XTransformers(Backbone):
         cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings after the final norm, selected at `read_m`."""
+        """Return the embeddings after the final norm, [b, n, d], or only those at `read_m`, [m, d]."""
         e_bnd: Tensor = self.net(
             ids_bn, mask=attended(valid_bn), sum_embeds=self.conditioning(cond), return_embeddings=True
         )
         return e_bnd if read_m is None else packed(e_bnd, read_m)
 
     def head(self, e_md: Tensor) -> Head:
-        """The output layer. With tie_embedding it scales the embeddings, not the weight."""
+        """Return the input, weight and bias of the output layer for the embeddings of m positions.
+
+        With tie_embedding, this scales the embeddings instead of the weight.
+        """
         if isinstance(self.net.to_logits, nn.Linear):
             return Head(e_md, self.net.to_logits.weight, self.net.to_logits.bias)
         return Head(e_md * self.net.tie_embedding_scale, self.net.token_emb.emb.weight)
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Raise ConfigError if `on`: the library has no activation checkpointing."""
+        """Raise ConfigError if `on` is set: x-transformers has no activation checkpointing."""
         if on:
             raise ConfigError(
-                "serve.activation_checkpointing: x-transformers has none; set it to false, got true"
+                "serve.activation_checkpointing: must be false, got true: x-transformers does not support it"
             )
 
 
 def keywords(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split [model.x_transformers] into the keywords of TransformerWrapper and those of Encoder.
 
-    Raises ConfigError for each keyword that is refused or does not exist.
+    Raises ConfigError, with a line for each keyword that is refused, does not exist, or is missing.
     """
     library = _library()
     of_wrapper = _names(library.TransformerWrapper)
@@ -161,7 +166,7 @@ def keywords(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def constructor(model: ModelConfig) -> str:
-    """The Python expression of the network that an exported state dict fits."""
+    """The Python expression that builds the network for an exported state dict."""
     wrapper, layers = keywords(model.x_transformers)
     outer = {"num_tokens": model.num_tokens, "max_seq_len": model.max_seq_len, **wrapper}
     inner = {key: value for key, value in layers.items() if key != "verbose"}
@@ -173,7 +178,7 @@ def _written(options: dict[str, Any]) -> str:
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """The defaults by keyword, without the keywords that have none."""
+    """The default values of a class's keywords, without the keywords that have no default."""
     parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
     return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 

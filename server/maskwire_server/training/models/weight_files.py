@@ -1,4 +1,4 @@
-"""Read a state dict from a file, in the format of safetensors or torch.
+"""Read a state dict from a file in the format of safetensors or torch, or write one as safetensors.
 
 No other module reads torch's format, which is a pickle. `weights_only` allows only tensors and plain
 containers, so that the file cannot run code.
@@ -27,7 +27,7 @@ _COUNTERS = {"initted", "step", "n_averaged"}  # stored with an average
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors by name, on the CPU. Removes the parts of names that wrappers add.
+    """Read the tensors of a file, by name, onto the CPU. Parts of names that wrappers add are removed.
 
     If the file holds the trained weights and their moving average (ema_pytorch), the average is read. Raises
     ValueError if the file is not a state dict, and OSError if it cannot be read.
@@ -70,7 +70,7 @@ def _without(parts: list[str], added: set[str]) -> str:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, by renaming a complete file. Raises OSError."""
+    """Write tensors to a new safetensors file, then rename it to `path`. Raises OSError."""
     draft = path.with_name(f"{path.name}.part")
     try:
         save_file(tensors, draft)
@@ -83,7 +83,9 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+        raise ValueError(
+            f"{path}: cannot be read as safetensors ({error}); copy the file again if it is damaged"
+        ) from error
 
 
 def _torch(path: Path) -> dict[str, Tensor]:
@@ -93,8 +95,8 @@ def _torch(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # an untrusted file can cause errors of pickle, zip and torch
         raise ValueError(
             f"{path}: cannot be read with weights_only=True ({type(error).__name__}): it is damaged, or "
-            "holds more than tensors, which is never loaded because it could run code; write it again with "
-            "torch.save(model.state_dict(), …), or as .safetensors"
+            "holds objects that are not tensors, which are not loaded because they could run code; write it "
+            "again with torch.save(model.state_dict(), …), or as .safetensors"
         ) from error
     if not isinstance(found, dict):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Export weights as a state dict of x-transformers, and the options of the model that it fits."""
+"""Export weights as a state dict of x-transformers, with the options of the model that can load them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from maskwire_server.training.models.x_transformers_names import Tensors, to_x_t
 
 
 def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: Tensors) -> dict[str, Tensor]:
-    """Export weights as the state dict of a `NonAutoregressiveWrapper`.
+    """Export weights of the built-in encoder as the state dict of a `NonAutoregressiveWrapper`.
 
-    A self critic is exported without its copy of the generator's trunk, so load it with strict=False. Raises
-    ValueError that names an option that x-transformers does not have.
+    A self critic is exported without its copy of the generator's trunk, so the state dict must be loaded
+    with strict=False. Raises ValueError if x-transformers does not support a setting of the model.
     """
     if model.heads == 1:
-        raise ValueError("model.heads is 1, but x-transformers has no output projection for a single head")
+        raise ValueError(
+            "model.heads must be at least 2 for this format, got 1: x-transformers has no output projection "
+            "for a single head; export with --to maskwire"
+        )
     found = _exported(weights, model, "generator.", "net.")
     if objective.self_cond:
         found["null_embed"] = weights["generator.null_embed"]
@@ -36,7 +39,8 @@ def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: T
 def renamed(weights: Tensors) -> dict[str, Tensor]:
     """Rename the weights of an x-transformers model to the keys of a `NonAutoregressiveWrapper`.
 
-    A self critic is exported without its copy of the generator's trunk, so load it with strict=False.
+    A self critic is exported without its copy of the generator's trunk, so the state dict must be loaded
+    with strict=False.
     """
     return {  # copies: layers may share weights
         their_name(name): tensor.clone(memory_format=torch.contiguous_format)
@@ -45,7 +49,10 @@ def renamed(weights: Tensors) -> dict[str, Tensor]:
 
 
 def their_name(name: str) -> str:
-    """The name in a `NonAutoregressiveWrapper` of a weight of `Networks` with source x-transformers."""
+    """Convert a weight's name in `Networks` to its name in a `NonAutoregressiveWrapper`.
+
+    The source of the model must be x-transformers.
+    """
     if name.startswith("generator."):
         return name.removeprefix("generator.")
     if name.startswith("critic.net."):
@@ -67,13 +74,16 @@ def _exported(weights: Tensors, model: ModelConfig, ours: str, where: str) -> di
 
 
 def _their_biases(model: ModelConfig) -> tuple[bool, bool]:
-    """Which linear maps of x-transformers' feed-forward have biases. If gated, the first always has one."""
+    """Whether the first and the second linear map of x-transformers' feed-forward have a bias.
+
+    If the feed-forward is gated, the first one always has a bias.
+    """
     up, down = model.ff_biases
     return (True, down) if model.gated else (up or down, up or down)
 
 
 def constructor(model: ModelConfig) -> str:
-    """The Python expression of the model that exported weights fit."""
+    """The Python expression that builds the network for the exported weights."""
 
     def written(options: dict[str, Any]) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
@@ -83,7 +93,7 @@ def constructor(model: ModelConfig) -> str:
 
 
 def wrapper_options(model: ModelConfig) -> dict[str, Any]:
-    """The options of the `TransformerWrapper` that exported weights fit, besides its attn_layers."""
+    """The options, without attn_layers, of the `TransformerWrapper` for the exported weights."""
     options: dict[str, Any] = {"num_tokens": model.num_tokens, "max_seq_len": model.max_seq_len}
     if model.emb_dim not in (None, model.dim):
         options["emb_dim"] = model.emb_dim
@@ -95,7 +105,7 @@ def wrapper_options(model: ModelConfig) -> dict[str, Any]:
 
 
 def encoder_options(model: ModelConfig) -> dict[str, Any]:
-    """The options of the `Encoder` that exported weights fit, without those at their defaults."""
+    """The options of the `Encoder` for the exported weights, without options at their defaults."""
     options: dict[str, Any] = {"dim": model.dim, "depth": model.depth, "heads": model.heads}
     options["attn_dim_head"] = model.dim_head
     if model.kv_heads not in (None, model.heads):

@@ -1,10 +1,10 @@
-"""Import weights of x-transformers.
+"""Import weights of x-transformers into the built-in encoder.
 
 The weights are those of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
 
-Sizes, tied embeddings, critic and self-conditioning are read from the state dict. Settings that contradict it
-are errors, and so are options that the built-in encoder does not have;
-x_transformers_import_unchanged.py accepts them.
+Sizes, tied embeddings, critic and self-conditioning are read from the state dict. Settings that contradict
+the state dict are errors, and so are options that the built-in encoder does not have. For a model with such
+options, see `x_transformers_import_unchanged`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ _COMPARED = (
 def import_state_dict(
     tensors: Tensors, model: ModelConfig, objective: ObjectiveConfig, *, gains: Gains = "auto"
 ) -> Imported:
-    """Import a state dict. In `model` and `objective`, only settings that the user set are compared with it.
+    """Convert a state dict to weights and settings of the built-in encoder.
 
-    `gains` says whether the gains of the norms are gamma + 1 (offset: the default of x-transformers) or gamma
-    (plain: norm_add_unit_offset=False and older versions). Raises ValueError with one line for each problem.
+    Settings that the user gave in `model` and `objective` are compared with the state dict. `gains` says
+    whether the gain of a norm is gamma + 1 ("offset", the default of x-transformers) or gamma ("plain", for
+    norm_add_unit_offset=False and older versions); "auto" means "offset", and is an error if the values may
+    be plain. Raises ValueError with one line for each problem.
     """
     parts = take_apart(tensors)
     shown = sizes(parts.net, parts.where, model)
@@ -76,7 +78,7 @@ def import_state_dict(
 
 
 def _unset(model: ModelConfig, shown: dict[str, Any]) -> list[str]:
-    """A line for each setting that the user must set, because the state dict does not show it."""
+    """One line of error text for each setting that is missing and that the state dict does not show."""
     lines = {
         "mask_id": "model.mask_id must be set to the mask_id of the NonAutoregressiveWrapper: the state dict "
         "does not contain it",
@@ -120,7 +122,7 @@ def _translate(parts: Parts, found: Imported) -> dict[str, Tensor]:
         critic = found.model.model_copy(update={"tied_embeddings": False})
         weights |= _encoder(parts.critic, critic, "critic.", "token_critic.")
     wrong = [
-        f"{name} must be {tuple(wanted[name])}, got {tuple(tensor.shape)}: {_reason(name)}"
+        f"{name} must have shape {tuple(wanted[name])}, got {tuple(tensor.shape)}: {_reason(name)}"
         for name, tensor in weights.items()
         if tensor.shape != wanted[name]
     ]
@@ -130,7 +132,7 @@ def _translate(parts: Parts, found: Imported) -> dict[str, Tensor]:
 
 
 def _reason(name: str) -> str:
-    """The likely reason why a weight has another shape."""
+    """The likely reason why a weight does not have the expected shape."""
     if name.startswith("critic."):
         return "the critic must have the sizes of the generator, and one score per position"
     if "to_qkv" in name or "to_out" in name:
@@ -143,7 +145,7 @@ def _reason(name: str) -> str:
 
 
 def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
-    """The weights of an encoder by our names."""
+    """Convert an encoder of x-transformers to the built-in one. `ours` is the prefix of the new names."""
     names = x_transformers_names(model)
     theirs = {name for group in names.values() for name in group}
     absent = theirs - net.keys()
@@ -162,21 +164,21 @@ def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[st
         raise ValueError("\n".join(lines))
     widths = {net[n].shape[1:] for group in names.values() if len(group) > 1 for n in group}
     if len(widths) > 1:
-        raise ValueError(f"{where}attn_layers: queries, keys and values must all have {model.dim} inputs")
+        raise ValueError(f"{where}attn_layers: to_q, to_k and to_v must all have {model.dim} columns")
     return {f"{ours}{name}": tensor for name, tensor in from_x_transformers(net, model).items()}
 
 
 def _shift_gains(weights: dict[str, Tensor], gains: Gains) -> None:
-    """Convert the gains of the norms to gamma + 1, as in our encoder."""
+    """Convert the norms in place, so that their gains are gamma + 1, as in the built-in encoder."""
     of_heads = ("q_norm.gamma", "k_norm.gamma")  # `from_x_transformers` has converted them
     names = [name for name in weights if name.endswith(".gamma") and not name.endswith(of_heads)]
     mean = float(torch.cat([weights[name] for name in names]).mean())
     if gains == "auto" and mean > 0.5:
         # Untrained, gamma is 0 for offset and 1 for plain. Above 0.5, only the user can say which kind it is.
         raise ValueError(
-            f"the gains of the norms have the mean {mean:.2f}, which fits either kind: set --gains plain "
-            "(norm_add_unit_offset=False, or an older x-transformers: the gain is gamma) or --gains offset "
-            "(the default of newer versions: gamma + 1)"
+            f"the parameters of the norms have the mean {mean:.2f}, which does not show whether a gain is "
+            "gamma or gamma + 1: set --gains plain for gamma (norm_add_unit_offset=False, or an older "
+            "x-transformers), or --gains offset for gamma + 1 (the default of newer versions)"
         )
     if gains == "plain":
         for name in names:

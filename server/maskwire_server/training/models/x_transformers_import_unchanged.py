@@ -1,6 +1,6 @@
-"""Import weights of x-transformers as they are, into `model.source = "x-transformers"`.
+"""Import weights of x-transformers unchanged, for a model with `model.source = "x-transformers"`.
 
-The keywords of the model are in [model.x_transformers]. Names and values of the weights do not change.
+The keywords of the model are in [model.x_transformers]. The names and values of the weights do not change.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _MOST_LINES = 12
 def import_state_dict(tensors: Tensors, model: ModelConfig, objective: ObjectiveConfig) -> Imported:
     """Import the state dict of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
 
-    Vocabulary, row length, critic and self-conditioning are read from it. Raises ValueError with one line for
-    each problem, and ConfigError for keywords that are refused.
+    Vocabulary, row length, critic and self-conditioning are read from the state dict. Raises ValueError with
+    one line for each problem, and ConfigError for keywords that are refused.
     """
     parts = take_apart(tensors, integers=True)
     shown = {
@@ -44,8 +44,8 @@ def import_state_dict(tensors: Tensors, model: ModelConfig, objective: Objective
         problems.append("model.mask_id must be set to the mask_id of the NonAutoregressiveWrapper, got none")
     if "max_seq_len" not in settings:
         problems.append(
-            "model.max_seq_len must be set to that of the TransformerWrapper: this state dict has no learned "
-            "positions, which would show it, got none"
+            "model.max_seq_len must be set to the max_seq_len of the TransformerWrapper, got none: a state "
+            "dict without learned positions does not show it"
         )
     if problems:
         raise ValueError("\n".join(problems))
@@ -63,7 +63,7 @@ def import_state_dict(tensors: Tensors, model: ModelConfig, objective: Objective
 
 
 def _named(parts: Parts) -> dict[str, Tensor]:
-    """The weights by the names of `Networks`."""
+    """Rename the weights to their names in `Networks`."""
     found = {f"generator.net.{name}": tensor for name, tensor in parts.net.items()}
     found |= {f"generator.{name}": tensor for name, tensor in parts.conditioning.items()}
     for name, tensor in parts.critic.items():
@@ -73,16 +73,16 @@ def _named(parts: Parts) -> dict[str, Tensor]:
 
 
 def _compare(weights: dict[str, Tensor], wanted: dict[str, Tensor], where: str) -> None:
-    """Raise ValueError unless names and shapes are equal. The error uses the names in the file."""
+    """Raise ValueError unless the weights have the wanted names and shapes. It shows the file's names."""
 
     def line(ours: str) -> str:
         name = their_name(ours)
         name = name if where else name.removeprefix("net.")
         if ours not in weights:
-            return f"{name} is missing: with these keywords the model has it"
+            return f"{name} is missing, but a model with these keywords has it"
         if ours not in wanted:
-            return f"{name} is in the state dict, but with these keywords the model does not have it"
-        return f"{name} must be {tuple(wanted[ours].shape)}, got {tuple(weights[ours].shape)}"
+            return f"{name} is in the state dict, but a model with these keywords does not have it"
+        return f"{name} must have shape {tuple(wanted[ours].shape)}, got {tuple(weights[ours].shape)}"
 
     names = weights.keys() | wanted.keys()
     wrong = sorted(

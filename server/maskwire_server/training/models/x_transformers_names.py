@@ -1,10 +1,10 @@
-"""The weights of the encoder as those of a `TransformerWrapper(Encoder)` of x-transformers, and back.
+"""Convert weights between the built-in encoder and x-transformers' `TransformerWrapper(Encoder)`.
 
 Letters: h heads, k key and value heads, c channels of a head, r rotated channels.
 
-Three things differ besides the names. We keep queries, keys and values in one matrix. Consecutive query heads
-share our key and value heads, while x-transformers' query head i uses the key and value head i mod k. And we
-can rotate channels in halves, while x-transformers always rotates neighbours.
+Besides the names, three things differ. The built-in encoder keeps queries, keys and values in one matrix.
+Its key and value heads are shared by consecutive query heads, while in x-transformers, query head i uses the
+key and value head i mod k. It can rotate channels in halves, while x-transformers always rotates neighbours.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from maskwire_server.config import ModelConfig
 Tensors = Mapping[str, Tensor]
 
 INVERSE_WAVELENGTHS = "attn_layers.rotary_pos_emb.inv_freq"
-"""A buffer, not a weight: rotary_dim / 2 powers of the base."""
+"""The name of a buffer, which is not a weight: it holds rotary_dim / 2 powers of the rotary base."""
 
 
 def x_transformers_names(model: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """The names of our weights and those of x-transformers. Several of theirs are stacked in one of ours."""
+    """Map each weight of the built-in encoder to the weights of x-transformers that it stacks, by name."""
     gain = "gamma" if model.norm == "layernorm" else "g"
     names: dict[str, tuple[str, ...]] = {
         "token_emb.weight": ("token_emb.emb.weight",),
@@ -60,7 +60,7 @@ def x_transformers_names(model: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def from_x_transformers(net: Tensors, model: ModelConfig) -> dict[str, Tensor]:
-    """Our weights from those of x-transformers, fp32. All names must be there."""
+    """Convert weights of x-transformers to the built-in encoder, fp32. `net` must have all of them."""
     found: dict[str, Tensor] = {}
     for name, group in x_transformers_names(model).items():
         parts = [net[theirs].to(torch.float32) for theirs in group]
@@ -78,7 +78,10 @@ def from_x_transformers(net: Tensors, model: ModelConfig) -> dict[str, Tensor]:
 
 
 def to_x_transformers(weights: Tensors, model: ModelConfig) -> dict[str, Tensor]:
-    """The weights and buffers of x-transformers from ours, for the options of `x_transformers_export`."""
+    """Convert weights of the built-in encoder to weights and buffers of x-transformers.
+
+    They fit a network with the options that `x_transformers_export` gives.
+    """
     found: dict[str, Tensor] = {}
     for name, group in x_transformers_names(model).items():
         parts = [weights[name]]
@@ -100,21 +103,22 @@ def to_x_transformers(weights: Tensors, model: ModelConfig) -> dict[str, Tensor]
 
 
 def _their_gain(gamma: Tensor, model: ModelConfig, kind: str) -> Tensor:
-    """The gain of queries ("q") or keys ("k") in x-transformers, [h, 1, c]."""
+    """Convert the gains of queries ("q") or keys ("k") to those of x-transformers, [h, 1, c]."""
     heads = model.heads if kind == "q" else model.kv_heads or model.heads
     if model.qk_norm_gain == "shared":
         gamma = gamma.repeat(heads)
     gamma = _head_rows(gamma, model, kind, inverse=False)
-    if model.qk_norm_scale is not None:  # its gains are plain, its cosine has the factor c^-1/2
+    if model.qk_norm_scale is not None:  # its gain is gamma, and its cosine has the factor c^-1/2
         factor = model.qk_norm_scale * math.sqrt(model.dim_head)
         gamma = (gamma + 1) * (factor if kind == "q" and not math.isclose(factor, 1) else 1)
     return gamma.view(heads, 1, model.dim_head)
 
 
 def _head_rows(rows: Tensor, model: ModelConfig, kind: str, *, inverse: bool) -> Tensor:
-    """Reorder rows [h c, ...] from our order of heads and channels to that of x-transformers.
+    """Reorder rows, [h c, ...], from the encoder's order of heads and channels to that of x-transformers.
 
-    `kind` is "q" for queries, "k" for keys, "v" for values or "o" for outputs. `inverse`: to our order.
+    `kind` is "q" for queries, "k" for keys, "v" for values or "o" for outputs. With `inverse`, the rows are
+    reordered in the opposite direction.
     """
     kv_heads = model.kv_heads or model.heads
     of_queries = kind in "qo"

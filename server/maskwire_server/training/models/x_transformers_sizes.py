@@ -1,4 +1,4 @@
-"""The settings of [model] that the weights of a `TransformerWrapper(Encoder)` show."""
+"""Find the settings of [model] from the weights of a `TransformerWrapper(Encoder)`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _COSINE_SCALE = 10.0
 
 
 def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
-    """The settings of [model] for these weights. Raises ValueError for unsupported options.
+    """Find the settings of [model] from the weights `net`. Raises ValueError for unsupported options.
 
-    Settings that no weight shows are those that the user set in `said`, if they fit the weights.
+    Settings that no weight shows are taken from the user's settings, `said`, if they fit the weights. `where`
+    is the prefix of the weights' names in the file.
     """
     lines = x_transformers_unsupported.named(net, where)
     if lines:
@@ -35,7 +36,8 @@ def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
     if len(absent) == 5:
         names = ", ".join(sorted(net)[:3])
         raise ValueError(
-            f"these are not the weights of a TransformerWrapper(Encoder): none has its names, got {names}"
+            "these are not the weights of a TransformerWrapper(Encoder): none has a name that it uses, got "
+            f"{names}"
         )
     if absent:
         raise ValueError("\n".join(x_transformers_unsupported.missing(absent, where)))
@@ -45,7 +47,7 @@ def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
             x_transformers_unsupported.message(
                 "disable_abs_pos_emb=False",
                 f"{name} in addition to rotary positions",
-                "one kind of positions",
+                "either learned or rotary positions",
             )
         )
     width, dim = net[embedding[0]].shape[1], net[query[0]].shape[1]
@@ -80,7 +82,7 @@ def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
 
 
 def _one_of(net: Tensors, *names: str) -> tuple[str, Tensor | None]:
-    """The first of the names that `net` has and its tensor, or else the first name and None."""
+    """The first name that `net` has, with its tensor. If it has none, the first name, with None."""
     return next(((name, net[name]) for name in names if name in net), (names[0], None))
 
 
@@ -96,8 +98,8 @@ def _heads(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
         inner[part] = net[name].shape[0] if name in net else inner["q"]  # a missing weight is reported later
         if inner[part] % dim_head:
             raise ValueError(
-                f"{where}{name} has {inner[part]} rows, not a multiple of model.dim_head = "
-                f"{dim_head}; set it to the attn_dim_head of the model"
+                f"{where}{name} has {inner[part]} rows, which is not a multiple of model.dim_head = "
+                f"{dim_head}; set model.dim_head to the attn_dim_head of the model"
             )
     heads, kv_heads = inner["q"] // dim_head, inner["k"] // dim_head
     same = kv_heads == heads and said.kv_heads is None
@@ -115,7 +117,7 @@ def _qk_norm(net: Tensors, where: str, said: ModelConfig, dim_head: int) -> dict
             )
         )
     if f"{attention}qk_norm_q_scale" in net:
-        # The products of x-transformers have the factor dim_head^-1/2, and its gains are plain.
+        # The products of x-transformers have the factor dim_head^-1/2, and a gain is gamma, not gamma + 1.
         return {"qk_norm": True, "qk_norm_gain": "per_head", "qk_norm_scale": dim_head**-0.5}
     if said.qk_norm and said.qk_norm_gain == "none":  # without gains, no weight shows it
         scale = said.qk_norm_scale or _COSINE_SCALE
@@ -144,9 +146,9 @@ def _rotary(inverse: Tensor, where: str, said: ModelConfig) -> dict[str, Any]:
     if base is None:
         raise ValueError(
             x_transformers_unsupported.message(
-                "another rotary_pos_emb",
+                "this rotary_pos_emb",
                 f"{where}{INVERSE_WAVELENGTHS} are not the powers of one base",
-                "the powers of one base",
+                "wavelengths that are the powers of one base",
             )
         )
     pairs = said.rotary_pairs if "rotary_pairs" in said.model_fields_set else "interleaved"
@@ -159,7 +161,10 @@ def _rotary(inverse: Tensor, where: str, said: ModelConfig) -> dict[str, Any]:
 
 
 def _base(inverse: Tensor) -> float | None:
-    """The base with the fewest digits that has these powers, in fp32 or rounded to bf16 or fp16."""
+    """The base with the fewest digits whose powers are the values of `inverse`, or None.
+
+    The powers may be rounded to fp32, bf16 or fp16.
+    """
     count = inverse.numel()
     if count < 2:
         return 10_000.0

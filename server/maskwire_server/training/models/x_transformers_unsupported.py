@@ -1,6 +1,6 @@
 """Options of x-transformers that the built-in encoder does not have, recognised by names in a state dict.
 
-Checked with x-transformers 2.31.10. docs/importing.md lists the options that leave no name.
+Checked with x-transformers 2.31.10. docs/importing.md lists the options that no name shows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 _LAYER = r"attn_layers\.layers\.\d+\."
 
-# Pattern of a name, the option, and what can be imported. The first match counts.
+# The pattern of a name, the option, and what can be imported. The first pattern that matches applies.
 _BY_NAME: tuple[tuple[str, str, str], ...] = (
     (r"attn_layers\.rel_pos\.relative_attention_bias", "rel_pos_bias", "rel_pos_bias=False"),
     (r"attn_layers\.rel_pos\.", "dynamic_pos_bias", "dynamic_pos_bias=False"),
@@ -58,7 +58,7 @@ _BY_NAME: tuple[tuple[str, str, str], ...] = (
     (r"token_emb\.weight$", "token_emb", "the default token embedding"),
 )
 
-# Pattern of a missing name, the option, and what can be imported.
+# The pattern of a missing name, the option, and what can be imported.
 _BY_ABSENCE: tuple[tuple[str, str, str], ...] = (
     (r"pos_emb\.emb\.weight$", "use_abs_pos_emb=False", "learned or rotary positions"),
     (rf"{_LAYER}1\.(to_|ff\.)", "only_attn, sandwich_coef, par_ratio or custom_layers", "attention and "
@@ -68,12 +68,15 @@ _BY_ABSENCE: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 
-HOSTED = 'model.source = "x-transformers" hosts the model as it is'
-"""What to do with a model that the built-in encoder cannot take."""
+HOSTED = 'use model.source = "x-transformers", which imports the model unchanged'
+"""What to do with a model that the built-in encoder cannot represent."""
 
 
 def named(names: Iterable[str], where: str) -> list[str]:
-    """A line for each unsupported option that the names show. `where` is their prefix in the file."""
+    """One line of error text for each unsupported option that the names in a state dict show.
+
+    `where` is the prefix of the names in the file.
+    """
     first: dict[tuple[str, str], str] = {}
     for name in sorted(names):
         for pattern, option, right in _BY_NAME:
@@ -84,12 +87,15 @@ def named(names: Iterable[str], where: str) -> list[str]:
 
 
 def message(option: str, sign: str, right: str) -> str:
-    """The message for an option. `sign` is how the state dict shows it, `right` what can be imported."""
+    """The error message for an unsupported option.
+
+    `sign` says how the state dict shows the option, and `right` says what can be imported instead.
+    """
     return f"{option} is not supported ({sign}); the built-in encoder supports {right}; {HOSTED}"
 
 
 def missing(names: Iterable[str], where: str) -> list[str]:
-    """A line for each unsupported option that missing names show, or for the missing name itself."""
+    """One line of error text for each unsupported option that missing names show, or for the name itself."""
     lines: dict[str, str] = {}
     for name in sorted(names):
         for pattern, option, right in _BY_ABSENCE:

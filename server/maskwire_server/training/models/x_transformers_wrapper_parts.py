@@ -14,17 +14,17 @@ from maskwire_server.training.models.x_transformers_names import Tensors
 
 @dataclass(frozen=True)
 class Imported:
-    """An imported model."""
+    """An imported model: its settings, the settings of its objective, and its weights."""
 
     model: ModelConfig
     objective: ObjectiveConfig
     weights: dict[str, Tensor]
-    """By the names of `Networks`, in the types that `Networks` has."""
+    """The weights by their names in `Networks`, in the types that they have there."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a state dict."""
+    """The parts of a state dict: the network, the weights of self-conditioning, and the critic."""
 
     net: dict[str, Tensor]
     where: str
@@ -35,7 +35,7 @@ class Parts:
 
 
 def objective_of(parts: Parts) -> dict[str, Any]:
-    """The settings of [objective] that the parts show."""
+    """The settings of [objective] that the parts of a state dict show."""
     shown: dict[str, Any] = {"self_cond": bool(parts.conditioning), "critic": parts.critic_kind}
     if parts.conditioning:
         shown["self_cond_start"] = "none"  # x-transformers does not condition the first pass
@@ -43,7 +43,7 @@ def objective_of(parts: Parts) -> dict[str, Any]:
 
 
 def with_objective(parts: Parts, objective: ObjectiveConfig) -> ObjectiveConfig:
-    """The section with what the parts show. Where they show nothing, the user's settings apply."""
+    """Return [objective] with what the parts show. The user's settings apply to everything else."""
     unsaid: dict[str, Any] = {}
     if parts.conditioning:
         # The weights do not show how often training ran the first pass. The default is x-transformers' own.
@@ -52,14 +52,15 @@ def with_objective(parts: Parts, objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def said(section: ModelConfig | ObjectiveConfig) -> dict[str, Any]:
-    """The settings that the user gave, without defaults."""
+    """The settings that the user gave in a section, without defaults."""
     return {key: getattr(section, key) for key in section.model_fields_set}
 
 
 def contradictions(name: str, settings: dict[str, Any], shown: dict[str, Any]) -> list[str]:
-    """A line for each setting that differs from what the state dict shows."""
+    """One line of error text for each setting that differs from what the state dict shows."""
     return [
-        f"{name}.{key} is {settings[key]!r} in the configuration, {value!r} in the state dict; leave it out"
+        f"{name}.{key} is {settings[key]!r} in the configuration, {value!r} in the state dict; remove it "
+        "from the configuration"
         for key, value in shown.items()
         if key in settings and settings[key] != value
     ]
@@ -68,7 +69,7 @@ def contradictions(name: str, settings: dict[str, Any], shown: dict[str, Any]) -
 def take_apart(tensors: Tensors, *, integers: bool = False) -> Parts:
     """Split a state dict into its parts, by the names of its tensors. Raises ValueError.
 
-    `integers` allows buffers of integers, which the built-in encoder does not have.
+    With `integers`, the state dict may have buffers of integers, which the built-in encoder does not have.
     """
     strange = [
         name
@@ -79,15 +80,16 @@ def take_apart(tensors: Tensors, *, integers: bool = False) -> Parts:
     ]
     if strange:
         found = tensors[strange[0]]
-        what = f"{found.dtype} {tuple(found.shape)}"
+        what = f"{found.dtype} of shape {tuple(found.shape)}"
         raise ValueError(
-            f"{strange[0]} must be a dense floating-point tensor, embeddings not a scalar, got {what}"
+            f"{strange[0]} must be a dense floating-point tensor, and not a scalar if it is an embedding, "
+            f"got {what}"
         )
     odd = [name for name, tensor in tensors.items() if not _finite(tensor.float())]
     if odd:
         others = len(odd) - 1
         words = f" and {others} other tensor{'s' * (others != 1)} contain" if others else " contains"
-        raise ValueError(f"{odd[0]}{words} non-finite values")
+        raise ValueError(f"{odd[0]}{words} non-finite values; import weights from before they diverged")
     if not any(name.startswith("net.") for name in tensors):
         return Parts(dict(tensors), "", {}, {}, "none")
     net = under(tensors, "net.")
@@ -97,11 +99,11 @@ def take_apart(tensors: Tensors, *, integers: bool = False) -> Parts:
     unknown = [n for n in tensors if not n.startswith(("net.", "token_critic.")) and n not in known]
     if unknown:
         raise ValueError(
-            "\n".join(f"{name} is not a weight of a NonAutoregressiveWrapper" for name in unknown)
+            "\n".join(f"{name} is not a weight of a NonAutoregressiveWrapper; remove it" for name in unknown)
         )
     if len(conditioning) == 1:
         missing = (known - conditioning.keys()).pop()
-        raise ValueError(f"{missing} is missing; self-conditioning needs null_embed and to_self_cond")
+        raise ValueError(f"{missing} is missing; self-conditioning needs null_embed and to_self_cond.weight")
     kind: Literal["none", "self", "token"] = "none"
     if critic:
         kind = "self" if critic.keys() & {"to_logits.bias"} else "token"
@@ -109,8 +111,8 @@ def take_apart(tensors: Tensors, *, integers: bool = False) -> Parts:
         for name, tensor in under(critic, "net.").items():
             if name not in net or not torch.equal(net[name], tensor):
                 raise ValueError(
-                    f"token_critic.net.{name} differs from net.{name}, but a self critic shares the trunk of "
-                    "the generator"
+                    f"token_critic.net.{name} differs from net.{name}, but a self critic must have the trunk "
+                    "of the generator"
                 )
         critic = {name: tensor for name, tensor in critic.items() if not name.startswith("net.")}
         if critic.keys() != {"to_logits.weight", "to_logits.bias"}:
@@ -120,7 +122,7 @@ def take_apart(tensors: Tensors, *, integers: bool = False) -> Parts:
 
 
 def under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+    """The tensors whose names begin with `prefix`, by their names without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
