@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,9 @@ from maskwire_server.errors import ConfigError
 from maskwire_server.training import masking_schedule_function
 from maskwire_server.training.quadrature import gauss_legendre
 from maskwire_server.training.user_code import import_object
+
+_NEVER = 1e-12
+"""A count of masked positions with this probability or less is never drawn in practice."""
 
 
 @dataclass(frozen=True)
@@ -66,26 +69,43 @@ def named(name: str) -> Schedule:
 
 
 def fingerprint(config: ObjectiveConfig, n: int) -> str:
-    """Check the configured schedule for rows of n positions, and return its fingerprint.
+    """Check the configured schedule for rows of up to n positions, and return its fingerprint.
 
     Raises ConfigError if the weighting is elbo and some number of masked positions never occurs, because the
     bound is a sum over all these numbers.
     """
     schedule = named(config.schedule)
     if config.weighting == "elbo":
-        exact = config.masking == "exact"
-        k = torch.arange(1, n + 1) if exact else torch.tensor([1, (n + 1) // 2, n])
-        probabilities = exact_probabilities if exact else bernoulli_probabilities
-        absent = (probabilities(schedule, k, torch.full_like(k, n)) <= 0).nonzero()
-        if len(absent):
-            missing = int(k[absent[0, 0]])
-            t = float(schedule.inverse(torch.tensor([missing / n], dtype=torch.float64))[0])
-            raise ConfigError(
-                f"objective.schedule: {schedule.name} must be continuous with weighting elbo, which needs "
-                f"every count of masked positions, but it never masks {missing} of {n}: m jumps at t = "
-                f"{t:.6g}; remove the jump, or set objective.weighting = 'masked_mean'"
-            )
+        for k, length in _counts_that_may_be_missing(schedule, config.masking, n):
+            probabilities = exact_probabilities if config.masking == "exact" else bernoulli_probabilities
+            absent = (probabilities(schedule, k, torch.full_like(k, length)) <= _NEVER).nonzero()
+            if len(absent):
+                missing = int(k[absent[0, 0]])
+                t = float(schedule.inverse(torch.tensor([missing / length], dtype=torch.float64))[0])
+                raise ConfigError(
+                    f"objective.schedule: {schedule.name} must be continuous with weighting elbo, which "
+                    f"needs every count of masked positions, but it never masks {missing} of {length}: m "
+                    f"jumps at t = {t:.6g}; remove the jump, or set objective.weighting = 'masked_mean'"
+                )
     return masking_schedule_function.fingerprint(schedule.fraction)
+
+
+def _counts_that_may_be_missing(schedule: Schedule, masking: str, n: int) -> Iterator[tuple[Tensor, int]]:
+    """Counts k of masked positions and the length of their rows, so that all rows of up to n are covered.
+
+    A jump of m removes count k of r <= n positions if it spans ((k-1)/r, k/r], so its height is at least
+    1/n. It then spans a cell of the grid j/(2n) that lies in this interval. If it removes no count of n
+    positions, its height is below 2/n, and r > n/2. A continuous m has no such cell, and n is enough.
+    """
+    if masking == "bernoulli":
+        yield torch.tensor([1, (n + 1) // 2, n]), n
+        return
+    yield torch.arange(1, n + 1), n
+    edges = torch.arange(2 * n + 1, dtype=torch.float64) / (2 * n)
+    skipped = schedule.inverse(edges).diff().abs() <= _NEVER
+    centres = (edges[:-1] + 1 / (4 * n))[skipped]
+    for length in range(n - 1, n // 2, -1) if len(centres) else ():
+        yield torch.ceil(centres * length).to(torch.int64).unique(), length
 
 
 def stratified_times(offset: float, permutation_b: Tensor) -> Tensor:

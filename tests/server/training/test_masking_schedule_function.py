@@ -33,6 +33,7 @@ def cosine(t): return torch.cos(math.pi / 2 * t)
 def quadratic(t): return (1 - t) ** 2
 def cubic(t): return (1 - t) ** 3
 def jump(t): return torch.where(t < 0.5, 1 - t / 4, (1 - t) / 2)
+def half(t): return torch.where(t < 0.5, 1 - t, (1 - t) / 2)
 """
 
 
@@ -147,6 +148,39 @@ def test_a_jump_is_refused_with_the_bound_and_allowed_without() -> None:
     ):
         masking_schedule.fingerprint(jump, 100)
     masking_schedule.fingerprint(jump.model_copy(update={"weighting": "masked_mean"}), 100)
+
+    half = ObjectiveConfig(schedule="user_schedules.mine:half")  # from 1/2 to 1/4
+    with pytest.raises(ConfigError, match=r"never masks 2 of 4: m jumps at t = 0\.5;"):
+        masking_schedule.fingerprint(half, 5)
+
+
+def test_a_jump_is_refused_exactly_if_a_row_of_some_length_misses_a_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(0)
+    refused = 0
+    for case in range(60):
+        n = int(random.integers(1, 24))
+        top = random.random()
+        bottom = top * random.random() if case % 2 else max(0.0, top - 2 * random.random() / n)
+        schedule = masking_schedule.schedule_of(
+            lambda t, top=top, bottom=bottom: torch.where(
+                t < 0.5, 1 - 2 * t * (1 - top), 2 * (1 - t) * bottom
+            )
+        )
+        monkeypatch.setattr(masking_schedule, "named", lambda _, found=schedule: found)
+        # Count k of r is missing if the values that m skips, from bottom to top, include ((k-1)/r, k/r].
+        # Count 1 is never missing: where m is 0, one position is masked.
+        missing = any(
+            bottom <= (k - 1) / r and k / r <= top for r in range(1, n + 1) for k in range(2, r + 1)
+        )
+        if missing:
+            refused += 1
+            with pytest.raises(ConfigError, match="must be continuous"):
+                masking_schedule.fingerprint(ObjectiveConfig(schedule="linear"), n)
+        else:
+            masking_schedule.fingerprint(ObjectiveConfig(schedule="linear"), n)
+    assert 15 < refused < 45
 
 
 MISSING = {
