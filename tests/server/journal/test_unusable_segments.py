@@ -130,7 +130,7 @@ NOT_NEXT = "it does not follow the previous segment"
         (1, {"changes": SEGMENT.changes}, "it does not follow an upload of the complete journal"),
         (0, {"changes": (Change("unknown", "put", (1,)),)}, "put of 1 columns in 'unknown' fits no table of"),
         (0, {"changes": (Change("steps", "put", (1,)),)}, "put of 1 columns in 'steps' fits no table of"),
-        (0, {"changes": (Change("steps", "merge", (1,)),)}, "merge of 1 columns in 'steps' fits no table of"),
+        (0, {"changes": (Change("run", "merge", ("a", 1)),)}, "merge of 2 columns in 'run' fits no table of"),
     ],
     ids=["number", "previous", "run", "no upload", "table", "columns", "kind"],
 )  # fmt: skip
