@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import types
-from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import logger_packages
 import pytest
 from recorded_run import Server, log_steps
 
@@ -32,6 +32,8 @@ class Kind:
     """A logger in a folder, and a reader of what it wrote."""
 
     package: str | None = None
+    stand_in = False
+    """Whether `logger_packages` stands in for the package."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -158,7 +160,18 @@ def truncate(path: Path, count: int) -> None:
     os.truncate(path, path.stat().st_size - count)
 
 
-KINDS = [JsonKind, CsvKind, TensorBoardKind, WandBKind, TrackioKind]
+class WandBStandInKind(WandBKind):
+    stand_in = True
+
+    def tear(self) -> None:
+        truncate(max(self.folder.glob("wandb/offline-run-*/*.wandb")), 150)
+
+
+class TrackioStandInKind(TrackioKind):
+    stand_in = True
+
+
+KINDS = [JsonKind, CsvKind, TensorBoardKind, WandBKind, TrackioKind, WandBStandInKind, TrackioStandInKind]
 
 
 def interrupted(kind: Kind) -> None:
@@ -203,15 +216,18 @@ def curves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     kind, folder = request.param, tmp_path_factory.mktemp("logs")
     if kind is TrackioKind:  # read once, when trackio is imported; by default it writes to the home folder
         os.environ["TRACKIO_DIR"] = str(folder / "trackio")
-    if kind.package is not None:
-        pytest.importorskip(kind.package, reason=f"the package {kind.package} is not installed")
-    if kind is WandBKind:  # its own processes end with the one that logs
-        command = [sys.executable, __file__, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    else:
-        write_all(kind, folder)
-    return {scenario.__name__: kind(folder / scenario.__name__).curves() for scenario in SCENARIOS}
+    with pytest.MonkeyPatch.context() as patch:
+        if kind.stand_in:
+            logger_packages.install(patch)
+        elif kind.package is not None:
+            pytest.importorskip(kind.package, reason=f"the package {kind.package} is not installed")
+        if kind is WandBKind:  # its own processes end with the one that logs
+            command = [sys.executable, __file__, str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        else:
+            write_all(kind, folder)
+        return {scenario.__name__: kind(folder / scenario.__name__).curves() for scenario in SCENARIOS}
 
 
 def write_all(kind: type[Kind], folder: Path) -> None:
@@ -296,21 +312,7 @@ def test_a_csv_file_cut_anywhere_is_completed(tmp_path: Path, kept: int) -> None
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Stand-ins for wandb and trackio, with the arguments of their `init`."""
-
-    def wandb_init(project: str, id: str, group: str, tags: object = None, entity: object = None) -> Any: ...
-
-    def trackio_init(project: str, name: str, group: str, space_id: object = None, **_: object) -> Any: ...
-
-    made: dict[str, Any] = {}
-    for name, init in (("wandb", wandb_init), ("trackio", trackio_init)):
-        made[name] = module = types.ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        module.__dict__["init"] = init
-        monkeypatch.setitem(sys.modules, name, module)
-    for name in ("run", "utils"):
-        setattr(made["trackio"], name, types.ModuleType(name))
-    return made
+    return logger_packages.install(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -347,10 +349,7 @@ def test_a_mode_that_wandb_does_not_have_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("packages")
-def test_a_file_in_place_of_the_folder_of_wandb_is_refused_before_training(
-    packages: dict[str, Any], tmp_path: Path
-) -> None:
-    packages["wandb"].setup = lambda: types.SimpleNamespace(settings=None)
+def test_a_file_in_place_of_the_folder_of_wandb_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(NotADirectoryError, match=r"the log wandb project cannot be opened \(Not a directory"):
         LogThread(WandB("project", folder=tmp_path / "a"), Place("run", 1, 0)).opened()
@@ -363,7 +362,7 @@ class CacheError(FileNotFoundError, ValueError):
 @pytest.mark.parametrize("call", ["runs", "init"])
 @pytest.mark.parametrize("error", [ConnectionError("no route"), CacheError("no route")])
 def test_trackio_without_a_network_is_reported_and_does_not_stop_training(
-    packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+    packages: dict[str, Any], call: str, error: Exception
 ) -> None:
     trackio = packages["trackio"]
 
@@ -372,13 +371,11 @@ def test_trackio_without_a_network_is_reported_and_does_not_stop_training(
             raise error
         return []
 
-    trackio.Api = lambda: types.SimpleNamespace(runs=lambda _: answer("runs"))
+    trackio.Api = lambda: SimpleNamespace(runs=lambda _: answer("runs"))
     trackio.init = lambda *_, **__: answer("init")
-    storage: Any = types.ModuleType("trackio.sqlite_storage")
-    storage.SQLiteStorage = None
-    monkeypatch.setitem(sys.modules, "trackio.sqlite_storage", storage)
     thread = LogThread(Trackio("project"), Place("run", 1, 0))
     assert thread.opened() is None
+    thread.close()
     assert thread.failure == (
         "trackio project: no more records are written (RuntimeError: trackio failed: no route; check the "
         "network and trackio's setup); training is not affected"

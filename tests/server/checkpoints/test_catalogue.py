@@ -17,7 +17,7 @@ from maskwire_server.engine.engine import Engine
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.schema import facts_hash
 from maskwire_server.manifest import Manifest
-from maskwire_server.requests import RestoreRequest, SaveRequest
+from maskwire_server.requests import DownloadRequest, RestoreRequest, SaveRequest
 
 LONG = {"every_seconds": 1e9, "keep_last": 2}
 
@@ -227,3 +227,61 @@ def test_no_transaction_deletes_more_batches_than_the_bound(
     stop(rig)
     assert max(deleted) <= 4
     assert batches(rig.folder) == []
+
+
+def test_damaged_checkpoints_do_not_count_as_those_that_a_start_needs(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    for step, name in enumerate(("one", "two", "three"), 1):
+        train(engine, step, 1)
+        engine.save(SaveRequest(name)).result(WAIT)
+    damage(rig.folder / "checkpoints" / "three")
+    engine._checkpoints.doubt("three")
+    assert reason(engine.delete("two")) == "CHECKPOINT_NEEDED"
+    assert reason(engine.delete("one")) == "CHECKPOINT_NEEDED"
+    assert sorted(on_disk(rig.folder)) == ["one", "step-000000000", "three.aside", "two"]
+
+
+def test_a_checkpoint_that_is_being_downloaded_is_not_deleted(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    for step, name in enumerate(("one", "two", "three"), 1):
+        train(engine, step, 1)
+        engine.save(SaveRequest(name)).result(WAIT)
+    chunks = engine.download(DownloadRequest("one"))
+    next(chunks)
+    refused = engine.delete("one")
+    assert reason(refused) == "CHECKPOINT_NEEDED"
+    assert str(refused.exception()).endswith(
+        "'one' cannot be deleted: it is being downloaded; wait, or save another checkpoint first"
+    )
+    assert len(list(chunks)) > 0
+
+
+@pytest.mark.parametrize("failure", ["delete", "read"])
+def test_what_retention_could_not_delete_goes_with_the_next_save(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failure: str
+) -> None:
+    engine = rig.start(checkpoints={"every_steps": 1, "keep_last": 2})
+
+    def fail(place: str, **_: object) -> None:
+        if place == "checkpoint.collecting":
+            raise PermissionError(1, "Operation not permitted")
+
+    def unreadable(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        if failure == "delete":
+            patch.setattr(failpoints, "_action", fail)
+        else:
+            patch.setattr(store, "describe", unreadable)
+        for step in (1, 2):
+            train(engine, step, 1)
+            wait_for(lambda step=step: len(on_disk(rig.folder)) == step + 1 and not engine._saves.busy)
+    assert sorted(on_disk(rig.folder)) == ["step-000000000", "step-000000001", "step-000000002"]
+    words = {
+        "delete": "step-000000000 could not be deleted by retention ([Errno 1] Operation not permitted)",
+        "read": "retention could not delete checkpoints ([Errno 24] Too many open files)",
+    }
+    assert words[failure] in caplog.text
+    train(engine, 3, 1)
+    wait_for(lambda: sorted(on_disk(rig.folder)) == ["step-000000002", "step-000000003"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -14,7 +19,7 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import DownloadRequest
-from maskwire_server.results import CheckpointInfo
+from maskwire_server.results import FROZEN_FILE, CheckpointInfo
 
 
 class Files:
@@ -227,3 +232,147 @@ def test_a_whole_checkpoint_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="is taken"):
         checkpoints.write(Files(), manifest())
     assert checkpoints.all() == [first]
+
+
+@contextlib.contextmanager
+def too_many_open_files(name: str) -> Iterator[None]:
+    """Files of this name cannot be opened, although they are intact."""
+    open_file = io.open
+
+    def limited(file: Any, *arguments: Any, **options: Any) -> Any:
+        if Path(str(file)).name == name:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_file(file, *arguments, **options)
+
+    with mock.patch("io.open", limited):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("file", "call"),
+    [
+        ("model.safetensors", lambda store: store.damage(store.get("a"))),
+        ("manifest.json", lambda store: store.damage(store.own()[0])),
+        ("manifest.json", lambda store: store.unreadable()),
+        ("model.safetensors", lambda store: [*download.read(store, DownloadRequest("a"))]),
+        ("optimizer.safetensors", lambda store: store.write(Files(), manifest("b"))),
+    ],
+    ids=["damage", "manifest", "unreadable", "download", "write"],
+)
+def test_too_many_open_files_are_no_damage(tmp_path: Path, file: str, call: Any) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    whole = checkpoints.write(Files(), manifest())
+    with too_many_open_files(file), pytest.raises(OSError, match="Too many open files"):
+        call(checkpoints)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["a"]
+    assert checkpoints.damage(whole) is None
+    assert checkpoints.unreadable() == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "words"),
+    [
+        ({"file": "critic.safetensors"}, "CHECKPOINT_NOT_FOUND", "it has: model.safetensors, optimizer.saf"),
+        ({"file": "model.safetensors", "offset": 701}, "INVALID_FIELD", "at most the file's 700, got 701"),
+    ],
+    ids=["file", "offset"],
+)
+def test_a_download_of_what_a_checkpoint_does_not_have_is_refused(
+    tmp_path: Path, fields: dict[str, Any], reason: str, words: str
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    with pytest.raises(Refused, match=words) as raised:
+        list(download.read(checkpoints, DownloadRequest("a", **fields)))
+    assert raised.value.reason == reason
+
+
+def test_the_rest_of_a_file_is_downloaded_and_compared_by_its_size(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    request = DownloadRequest("a", file="model.safetensors", offset=600)
+    [chunk] = download.read(checkpoints, request)
+    assert (chunk.offset, chunk.data) == (600, (b"weights" * 100)[600:])
+    path = checkpoints.path("a") / "model.safetensors"
+    path.write_bytes(b"weights" * 99)
+    with pytest.raises(Refused, match=r"model\.safetensors does not match the manifest's size"):
+        list(download.read(checkpoints, request))
+    path.unlink()
+    with pytest.raises(Refused, match=r"model\.safetensors No such file or directory; download") as raised:
+        list(download.read(checkpoints, request))
+    assert raised.value.reason == "CHECKPOINT_DAMAGED"
+
+
+def test_a_download_of_the_weights_alone_has_the_manifest_too(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    chunks = download.read(checkpoints, DownloadRequest("a", weights_only=True))
+    assert [chunk.file.name for chunk in chunks] == ["model.safetensors", "manifest.json"]
+
+
+def test_a_save_replaces_what_an_interrupted_one_left_under_its_name(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.path("a").mkdir(parents=True)
+    (checkpoints.path("a") / "critic.safetensors").write_bytes(b"half")
+    written = checkpoints.write(Files(), manifest())
+    assert [file.name for file in written.info.files] == ["model.safetensors", "optimizer.safetensors"]
+
+
+class Adapters:
+    """Weights that are never trained: a save writes them unless they are there already."""
+
+    def write(self, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"adapters")
+        if not (folder / FROZEN_FILE).exists():
+            (folder / FROZEN_FILE).write_bytes(b"frozen" * 100)
+
+
+@pytest.mark.parametrize("links", [2, 1])
+def test_weights_that_are_never_trained_are_stored_once_where_the_disk_has_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: int
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Adapters(), manifest())
+    if links == 1:
+        error = OSError(errno.EOPNOTSUPP, "Operation not supported")
+        monkeypatch.setattr(Path, "hardlink_to", mock.Mock(side_effect=error))
+    second = checkpoints.write(Adapters(), manifest("b", 2))
+    frozen = checkpoints.path("b") / FROZEN_FILE
+    assert (frozen.stat().st_nlink, frozen.read_bytes()) == (links, b"frozen" * 100)
+    assert checkpoints.damage(second) is None
+
+
+def test_what_is_set_aside_again_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    asides = []
+    for _ in range(3):
+        checkpoints.write(Files(), manifest())
+        asides.append(checkpoints.set_aside("a"))
+    assert asides == ["a.aside", "a.aside_", "a.aside__"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == asides
+
+
+def test_what_cannot_be_swept_is_named_and_the_rest_is_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for name in ("a", "b"):
+        checkpoints.path(name).mkdir(parents=True)
+    remove = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if path.name == "a":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert checkpoints.sweep() == ["b"]
+    assert "the unfinished checkpoint a could not be removed: [Errno 1] Operation not perm" in caplog.text
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["a"]
+
+
+def test_a_checkpoint_whose_folder_is_gone_counts_as_deleted(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    shutil.rmtree(checkpoints.path("a"))
+    assert checkpoints.delete("a") == ""

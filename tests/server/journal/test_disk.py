@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -35,6 +36,11 @@ MOUNTS = """\
 )
 def test_a_network_file_system_is_known_by_its_mount(path: str, kind: str | None) -> None:
     assert disk.network_file_system(Path(path), MOUNTS) == kind
+
+
+def test_without_a_list_of_mounts_a_disk_counts_as_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_bytes", mock.Mock(side_effect=FileNotFoundError))
+    assert disk.network_file_system(Path("/var/run-1")) is None
 
 
 def test_a_run_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

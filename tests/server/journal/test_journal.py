@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from maskwire.v1.digest import DigestVersion
 from maskwire.v1.values import InexactReplay, Losses, Outcome
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal import fsync, inexact_replays
+from maskwire_server.journal import database, fsync, inexact_replays, reserve
+from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
 from maskwire_server.journal.run_directory import JOURNAL_FILE
@@ -303,3 +308,79 @@ def test_inexact_replays_of_both_formats_are_read_and_merged(open_journal: Open)
     journal.transaction(lambda: journal.add_event(inexact_replays.EVENT, steps))
     found = inexact_replays.recorded(journal)
     assert [(each.lineage, each.first_step, each.last_step) for each in found] == [(1, 5, 6), (1, 8, 9)]
+
+
+def test_a_journal_that_another_program_has_open_is_named(
+    open_journal: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_journal().close()
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+    with closing(sqlite3.connect(tmp_path / "run" / JOURNAL_FILE)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(
+            RunDirectoryError, match=r"journal.sqlite: another process uses it; stop that one"
+        ):
+            Journal(tmp_path / "run")
+    Journal(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+def test_a_lock_needs_no_room_on_the_disk_but_a_disk_that_works(
+    open_journal: Open, tmp_path: Path, number: int
+) -> None:
+    open_journal().close()
+    with mock.patch("os.pwrite", side_effect=OSError(number, os.strerror(number))):
+        if number == errno.ENOSPC:
+            journal = Journal(tmp_path / "run")
+            with pytest.raises(RunDirectoryError, match=r"another server \(process unknown\) uses this run"):
+                Journal(tmp_path / "run")
+            journal.close()
+        else:
+            with pytest.raises(RunDirectoryError, match="cannot be used as a run directory"):
+                Journal(tmp_path / "run")
+    Journal(tmp_path / "run").close()  # and the lock is free
+
+
+def test_a_merge_of_the_log_that_fails_for_another_reason_than_space_is_an_error(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = open_journal()
+    damaged = sqlite3.DatabaseError("database disk image is malformed")
+    monkeypatch.setattr(Journal, "merge_log", mock.Mock(side_effect=damaged))
+    with pytest.raises(sqlite3.DatabaseError, match="malformed"):
+        reserve.merge_log(journal)
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_an_exceeded_quota_counts_as_a_full_disk(
+    open_journal: Open, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    """SQLite reports it as an I/O error of a write."""
+    journal = open_journal()
+    monkeypatch.setattr(database, "can_write", lambda *_: room)
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(sqlite3.OperationalError) as raised:
+        journal.transaction(fail)
+    assert database.is_full(raised.value) is not room
+    whole = journal._db
+    journal._db = mock.Mock(wraps=whole)
+    journal._db.execute.side_effect = lambda sql: fail() if "wal_checkpoint" in sql else whole.execute(sql)
+    if room:
+        with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+            reserve.merge_log(journal)
+    else:
+        assert not reserve.merge_log(journal)
+
+
+@pytest.mark.parametrize("parent", [2, 3, 9])
+def test_a_lineage_that_does_not_descend_from_an_earlier_one_is_damage(parent: int) -> None:
+    lineages = {number: Lineage(number, 1, number, b"", None, None) for number in (2, 3)}
+    lineages |= {1: Lineage(1, None, 0, b"", None, None), 2: Lineage(2, parent, 5, b"", None, None)}
+    with pytest.raises(RunDirectoryError, match=f"lineage 2 descends from lineage {parent}, which does not"):
+        ancestry(lineages, 2)
+    assert ancestry(lineages, 3) == [Segment(1, 3), Segment(3, None)]

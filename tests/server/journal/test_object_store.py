@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 from mirrors import MirroredRig
 
-from maskwire_server.errors import ConfigError
+from maskwire_server.errors import ConfigError, StoreError
 from maskwire_server.journal.object_store import ObjectStore
 
 
@@ -68,3 +69,65 @@ def test_objects_in_a_folder_are_flushed_with_their_names(rig: MirroredRig, tmp_
     for name in ("a/created", "b/written", "c/file", "d/copied"):
         path = tmp_path / "mirror" / name
         assert {path.stat().st_ino, path.parent.stat().st_ino} <= flushed, name
+
+
+@pytest.mark.parametrize("missing", ["fsspec", "s3fs"])
+def test_a_store_without_its_package_is_refused_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    pytest.importorskip("fsspec", reason="needs the extra storage")
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "fsspec.registry", raising=False)
+    with pytest.raises(ConfigError, match=r"'s3://bucket/run' needs a package that is missing .*\[storage\]"):
+        ObjectStore("s3://bucket/run")
+
+
+def test_what_a_store_does_not_have_is_absent_and_no_error(rig: MirroredRig, tmp_path: Path) -> None:
+    store, path = rig.store, tmp_path / "fetched"
+    store.put("folder/a", b"1")
+    assert store.get("folder/b") is None
+    assert list(store.get_all(["folder/b", "folder/a", "c/d"])) == [None, b"1", None]
+    assert not store.get_file("folder/b", path)
+    assert not path.exists()
+    assert store.names("c") == []
+    store.delete("folder/b")
+    assert store.names("") == ["folder/a"]
+
+
+class Refusal(OSError):
+    """As botocore raises it, with the answer of the store."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+@pytest.mark.parametrize("status", [412, 403])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_only_a_failed_condition_means_that_the_object_exists(
+    rig: MirroredRig, status: int, wrapped: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        if not wrapped:
+            raise Refusal(status)
+        raise OSError("the store refused") from Refusal(status)
+
+    error = FileExistsError if status == 412 else StoreError
+    with mock.patch.object(ObjectStore, "_create", refuse), pytest.raises(error):
+        rig.store.create("a", b"1")
+
+
+def test_after_a_refusal_of_its_credentials_a_store_reads_them_again(rig: MirroredRig) -> None:
+    store = rig.store
+    connected = store._fs
+    answers = [PermissionError("the token has expired")]
+    store.patience = lambda _: True
+
+    def refuse_once(store: ObjectStore, name: str) -> bytes:
+        if answers:
+            raise answers.pop()
+        assert store._fs is not connected
+        return b"1"
+
+    with mock.patch.object(ObjectStore, "_get", refuse_once):
+        assert store.get("a") == b"1"

@@ -14,6 +14,7 @@ from maskwire.v1.values import Losses, Outcome
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
 from maskwire_server.journal.run_directory import JOURNAL_FILE
+from maskwire_server.journal.write_ahead_log import WriteAheadLog
 
 PAGE = 4096 + 24
 
@@ -78,3 +79,8 @@ def test_the_file_is_written_again_from_its_start_after_a_merge(journal: Journal
     journal.merge_log(truncate=True)
     assert journal.log_file_bytes() == journal.log_bytes() == 0
     assert len(list(journal.steps_after(1, 0))) == 74
+
+
+def test_a_log_that_sqlite_has_not_created_yet_has_no_bytes(tmp_path: Path) -> None:
+    log = WriteAheadLog(tmp_path / "journal.sqlite-wal")
+    assert log.size() == log.used_bytes() == 0
