@@ -6,6 +6,7 @@ The run records the model's config.json, so that a restarted server needs neithe
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def filled_from_folder(model: ModelConfig) -> ModelConfig:
 
 def _folder(source: HuggingFaceConfig) -> Path:
     """The path of the model's local folder or config.json. A model on the hub is downloaded first."""
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))
     if path.exists():
         return path
     if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:

@@ -6,6 +6,7 @@ A restarted server and an export then need neither the model's folder nor the ne
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def copy(found: list[Path], to: Path) -> None:
 
 def _local(source: HuggingFaceConfig) -> Path | None:
     """The model's folder, or its folder in the hub's cache; None if neither exists. Uses no network."""
-    path = Path(source.path).expanduser()
+    path = Path(os.path.expanduser(source.path))
     if path.exists():
         return path
     try:

@@ -105,7 +105,7 @@ def _counts_that_may_be_missing(schedule: Schedule, masking: str, n: int) -> Ite
     skipped = schedule.inverse(edges).diff().abs() <= _NEVER
     centres = (edges[:-1] + 1 / (4 * n))[skipped]
     for length in range(n - 1, n // 2, -1) if len(centres) else ():
-        yield torch.ceil(centres * length).to(torch.int64).unique(), length
+        yield torch.unique(torch.ceil(centres * length).to(torch.int64)), length
 
 
 def stratified_times(offset: float, permutation_b: Tensor) -> Tensor:
