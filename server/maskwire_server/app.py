@@ -21,7 +21,7 @@ from maskwire_server import effective_config, tokenizer_files
 from maskwire_server.checkpoints.rank_parts import PartFiles
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
-from maskwire_server.engine import step_timeout
+from maskwire_server.engine import quarantine, step_timeout
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.trainer_interface import Trainer
@@ -217,6 +217,8 @@ def serve_rank(
         _leave(EXIT_FAILURE)
     if launcher.is_stopping():  # an earlier leader ended during the stop: there is nothing to serve
         _leave(finish(0))
+    if launcher.batch_is_spared():
+        quarantine.forget(config.run.dir)
     code = serve(
         config,
         factory=lead,

@@ -73,7 +73,7 @@ def filled_from_folder(model: ModelConfig) -> ModelConfig:
 
 def _folder(source: HuggingFaceConfig) -> Path:
     """The path of the model's local folder or config.json. A model on the hub is downloaded first."""
-    path = Path(os.path.expanduser(source.path))
+    path = Path(os.path.expanduser(source.path))  # noqa: PTH111 - an unknown user is no error
     if path.exists():
         return path
     if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:

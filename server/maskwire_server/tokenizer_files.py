@@ -57,7 +57,7 @@ def copy(found: list[Path], to: Path) -> None:
 
 def _local(source: HuggingFaceConfig) -> Path | None:
     """The model's folder, or its folder in the hub's cache; None if neither exists. Uses no network."""
-    path = Path(os.path.expanduser(source.path))
+    path = Path(os.path.expanduser(source.path))  # noqa: PTH111 - an unknown user is no error
     if path.exists():
         return path
     try:

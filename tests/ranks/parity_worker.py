@@ -33,7 +33,7 @@ from maskwire_server.training import checkpoint_tensors, objective, optimizers, 
 from maskwire_server.training.corruption import StepKey
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.generator_critic import Networks
-from maskwire_server.training.ranks_interface import Ranks, assign, whole
+from maskwire_server.training.ranks_interface import Ranks, assign, own_part, whole
 from maskwire_server.training.sharding import ManyRanks
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -171,9 +171,24 @@ class Comparison:
             torch.device("cpu"), replicate=scenario["replicate"], timeout=timedelta(seconds=60)
         )
         self.alone, self.divided = make(scenario, None), make(scenario, self.ranks)
+        if "loaded_after" in scenario:
+            self._load(scenario["loaded_after"])
         samples.take()
         self.worst: dict[str, float] = {}
         self.wrong: list[str] = []
+
+    def _load(self, steps: int) -> None:
+        """Give the divided trainer a checkpoint from after some steps, with other frozen weights."""
+        for number in range(1, steps + 1):
+            self.alone.train_step(1, number, self._batch(number), Modes())
+        with torch.no_grad():
+            for group in self.alone._groups().values():
+                for weight in group.frozen.values():
+                    weight += 0.1
+        with shared_folder() as folder:
+            if self.ranks.is_leader:
+                self.alone.snapshot().write(folder)
+            self.divided.receive(self.divided.read(folder) if self.ranks.is_leader else None)
 
     def step(self, number: int) -> None:
         """Compare one step, and train both."""
@@ -191,6 +206,9 @@ class Comparison:
             self._note(name, divided[name], alone[name])
         if "disagree" in self._scenario and self.ranks.rank:
             self.ranks.record(b"an order that the others did not get")
+        if "diverged" in self._scenario and self.ranks.rank:
+            with torch.no_grad():
+                own_part(self.divided.generator.weights[0]).mul_(1.5)
         results = []
         for trainer in (self.alone, self.divided):
             result = trainer.train_step(1, number, self._batch(number), modes)
@@ -202,6 +220,11 @@ class Comparison:
         for file, tensors in snapshot.live_tensors(self.divided._groups()).items():
             for name, tensor in tensors.items():
                 self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach())
+        averages = [each._averaged for each in (self.divided, self.alone) if each._averaged is not None]
+        if averages:
+            alike = dict(averages[1].named_parameters())
+            for name, tensor in averages[0].named_parameters():  # frozen ones, too
+                self._note(f"average {name}", whole(tensor.detach()), alike[name].detach())
         if self._scenario.get("ahead"):  # the state changes while the divided one holds gathered weights
             self.alone.train_step(2, number, self._batch(number), Modes())
             self._samples.take()
@@ -273,7 +296,7 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
             for number in range(1, steps + 1):
                 both.step(number)
         except Exception as raised:
-            if not {"bug", "disagree", "refused"} & scenario.keys():
+            if not {"bug", "disagree", "diverged", "refused"} & scenario.keys():
                 raise
             if "refused" in scenario:
                 return {"worst": {}, "wrong": [], "error": str(raised), "hash": ""}

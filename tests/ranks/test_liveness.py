@@ -30,8 +30,8 @@ class Group:
     """A monitor of one follower, and what it said."""
 
     def __init__(self, timeout: float, followers: int = 1) -> None:
-        self.lost: queue.Queue[str] = queue.Queue()
-        self.monitor = Monitor(LOOPBACK, followers, timeout, self.lost.put)
+        self.lost: queue.Queue[tuple[str, bool]] = queue.Queue()
+        self.monitor = Monitor(LOOPBACK, followers, timeout, lambda *loss: self.lost.put(loss))
 
     def connect(self, greeting: str) -> socket.socket:
         link = socket.create_connection((LOOPBACK, self.monitor.address.port), LONG)
@@ -46,14 +46,14 @@ def test_a_follower_that_ends_is_noticed_at_once() -> None:
     group = Group(LONG)
     link = group.connect(group.greeting(1, os.getpid()))
     link.close()
-    assert group.lost.get(timeout=10) == "rank 1 ended"
+    assert group.lost.get(timeout=10) == ("rank 1 ended", True)
 
 
 def test_a_frozen_follower_of_the_same_host_is_ended() -> None:
     group = Group(0.3)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as frozen:
         with group.connect(group.greeting(3, frozen.pid)):
-            assert group.lost.get(timeout=10) == "rank 3 was silent for 0.3 s"
+            assert group.lost.get(timeout=10) == ("rank 3 was silent for 0.3 s", False)
         assert frozen.wait(10) == -9
 
 
@@ -63,9 +63,9 @@ def test_a_stranger_on_the_port_is_no_rank() -> None:
         with group.connect(words) as link:
             link.settimeout(LONG)
             assert link.recv(16) == b"", "it is closed without an answer"
-    lost: queue.Queue[str] = queue.Queue()
+    lost: queue.Queue[tuple[str, bool]] = queue.Queue()
     ended: queue.Queue[str] = queue.Queue()
-    watch_leader(group.monitor.address, 1, LONG, lost.put, lambda: ended.put("end"))
+    watch_leader(group.monitor.address, 1, LONG, lambda *loss: lost.put(loss), lambda: ended.put("end"))
     while not group.monitor._links:
         assert group.lost.empty()
     group.monitor.end_followers()
@@ -74,16 +74,16 @@ def test_a_stranger_on_the_port_is_no_rank() -> None:
 
 
 def test_followers_that_never_come_are_missed() -> None:
-    assert Group(0.2, followers=2).lost.get(timeout=10) == "2 of 2 followers did not connect"
+    assert Group(0.2, followers=2).lost.get(timeout=10) == ("2 of 2 followers did not connect", False)
 
 
 def test_a_follower_notices_that_the_leader_is_gone() -> None:
-    lost: queue.Queue[str] = queue.Queue()
+    lost: queue.Queue[tuple[str, bool]] = queue.Queue()
     with socket.create_server((LOOPBACK, 0)) as listener:
         address = replace(Group(LONG).monitor.address, port=listener.getsockname()[1])
-        watch_leader(address, 1, LONG, lost.put, lambda: None)
+        watch_leader(address, 1, LONG, lambda *loss: lost.put(loss), lambda: None)
         listener.accept()[0].close()
-    assert lost.get(timeout=10) == "the leader ended"
+    assert lost.get(timeout=10) == ("the leader ended", True)
 
 
 def test_orders_are_json_and_bytes() -> None:
@@ -108,6 +108,10 @@ def test_the_leader_tells_the_launcher_how_it_ended(tmp_path: Path, monkeypatch:
     assert launcher.last_loss() == ""
     launcher.note_loss("rank 1 ended")
     assert launcher.last_loss() == "rank 1 ended"
+    assert not launcher.batch_is_spared()
+    launcher.note_loss("rank 1 was silent for 10 s", batch_is_suspect=False)
+    assert launcher.last_loss() == "rank 1 was silent for 10 s"
+    assert [launcher.batch_is_spared() for _ in range(2)] == [True, False]
 
 
 RANK = (

@@ -87,6 +87,7 @@ def check(found: dict[str, Any]) -> None:
     assert all("generator.null_embed" in result["worst"] for result in with_null)
 
 
+FROZEN = {"groups": [{"match": "*token_emb*", "train": False}]}
 CRITIC_ALONE = {"replicate": 1, **OBJECTIVES["critic alone"]}
 NULL = {"replicate": 1, **OBJECTIVES["null embedding"]}
 TOKEN = {"replicate": 1, "objective": {"self_cond": True, "critic": "token"}}
@@ -95,6 +96,8 @@ OTHERS: dict[str, Any] = {
     "prompts alone": {**TOKEN, "rows": 1, "prompts": 1.0},
     "x-transformers": {**TOKEN, "model": MODERN},
     "of a factory": {"replicate": 1, "model": FACTORY},
+    "frozen": {"replicate": 1, "loaded_after": 0, "optimizer": FROZEN},
+    "frozen, trained before": {"replicate": 1, "loaded_after": 1, "optimizer": FROZEN},
 }
 MISTAKES: dict[str, Any] = {
     "null embedding as an input": NULL,
@@ -119,6 +122,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         {
             **scenarios(2), **OTHERS, **PARTS, "first": again, "second": again,
             **{f"{bug}!": {"steps": 2, **mistake, "bug": bug} for bug, mistake in MISTAKES.items()},
+            "diverged": {"replicate": 2, "diverged": True},
             "agreement": AGREEMENT, "no agreement": {**AGREEMENT, "bug": "no agreement"},
             "in place": {"replicate": 1, "refused": True, "model": in_place},
         },
@@ -154,6 +158,10 @@ def test_a_mistake_is_found(bug: str, found: dict[str, Any]) -> None:
 def test_ranks_that_differ_notice_it_by_their_agreement_alone(found: dict[str, Any]) -> None:
     assert "have another result" in found["agreement"]["error"]
     assert not found["no agreement"]["error"]
+
+
+def test_copies_of_the_model_that_differ_notice_it(found: dict[str, Any]) -> None:
+    assert "have different weights, but hold the same part of the model" in found["diverged"]["error"]
 
 
 def test_a_model_that_cannot_be_divided_is_refused(found: dict[str, Any]) -> None:

@@ -20,6 +20,12 @@ FILE_NAME = "computing"
 _NOTE = struct.Struct("<32si")  # payload hash, crashes so far
 
 
+def forget(run_dir: Path) -> None:
+    """Delete the note that a process left, because the batch was not the cause of its end."""
+    with _best_effort():
+        (run_dir / FILE_NAME).unlink(missing_ok=True)
+
+
 class Quarantine:
     """Counts consecutive crashes on one batch, and quarantines the batch after `after` of them."""
 

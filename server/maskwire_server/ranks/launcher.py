@@ -42,6 +42,7 @@ LEADER = "MASKWIRE_LEADER"
 _PREFIX = "maskwire-launch-"
 _AGENT = "torch-launcher.pid"
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
+_SPARED = "batch-spared"
 _RESTARTS = 1000
 _FAILURE = 70
 _JOIN_SECONDS = 365 * 24 * 3600
@@ -142,9 +143,20 @@ def note_exit(code: int) -> int:
     return 0 if _write(_EXIT_CODE, code) else code
 
 
-def note_loss(problem: str) -> None:
-    """Record why the ranks restart, for the next leader on this host."""
+def note_loss(problem: str, batch_is_suspect: bool = True) -> None:
+    """Record for the next leader on this host why the ranks restart, and whether a batch may be the cause."""
     _write(_LOSS, problem)
+    if not batch_is_suspect:
+        _write(_SPARED, "")
+
+
+def batch_is_spared() -> bool:
+    """Whether the ranks restart for a reason that no batch causes. True only once for each such restart."""
+    try:
+        (Path(os.environ.get(FOLDER, "/nowhere")) / _SPARED).unlink()
+    except OSError:
+        return False
+    return True
 
 
 def is_stopping() -> bool:

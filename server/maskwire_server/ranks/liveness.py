@@ -27,8 +27,9 @@ LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16
 
-OnLoss = Callable[[str], None]
-"""Called with a description of the loss, on a background thread. It ends the process."""
+OnLoss = Callable[[str, bool], None]
+"""Called on a background thread with a description of the loss, and whether the batch that is being computed
+may be its cause. It may if a rank ended, but not if a rank fell silent. The function ends the process."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ class Monitor:
                     if time.monotonic() < deadline:
                         continue
                     missing = self._followers - len(self._links)
-                    self._lost(f"{missing} of {self._followers} followers did not connect", None)
+                    self._lost(
+                        f"{missing} of {self._followers} followers did not connect",
+                        None,
+                        batch_is_suspect=False,
+                    )
                     return
                 threading.Thread(target=self._watch, args=(link,), daemon=True).start()
 
@@ -97,16 +102,16 @@ class Monitor:
             with self._lock:
                 self._links[rank] = link
             problem, is_frozen = _read_until_gone(link, self._timeout)
-            self._lost(f"rank {rank} {problem}", pid if is_frozen else None)
+            self._lost(f"rank {rank} {problem}", pid if is_frozen else None, batch_is_suspect=not is_frozen)
 
-    def _lost(self, problem: str, frozen: int | None) -> None:
+    def _lost(self, problem: str, frozen: int | None, *, batch_is_suspect: bool) -> None:
         with self._lock:
             if self._ending:
                 return
             self._ending = True
         if frozen is not None and self.address.host == LOOPBACK:
             _kill(frozen)
-        self._on_loss(problem)
+        self._on_loss(problem, batch_is_suspect)
 
 
 def watch_leader(
@@ -133,17 +138,17 @@ def watch_leader(
             return
         if is_frozen and address.host == LOOPBACK:
             _kill(address.pid)
-        on_loss(f"the leader {problem}")
+        on_loss(f"the leader {problem}", not is_frozen)
 
     for work in (beat, watch):
         threading.Thread(target=work, name="maskwire-liveness", daemon=True).start()
 
 
-def exit_now(code: int, note: Callable[[str], None]) -> OnLoss:
-    """Return an `OnLoss` that passes the problem to `note`, and exits with `code`."""
+def exit_now(code: int, note: Callable[[str, bool], None]) -> OnLoss:
+    """Return an `OnLoss` that passes its arguments to `note`, and exits with `code`."""
 
-    def end(problem: str) -> None:
-        note(problem)
+    def end(problem: str, batch_is_suspect: bool = True) -> None:
+        note(problem, batch_is_suspect)
         log.critical("%s: all ranks restart, and the run is recovered from its journal", problem)
         logging.shutdown()
         os._exit(code)

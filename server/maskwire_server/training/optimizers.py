@@ -187,6 +187,19 @@ class Group:
                     own_part(average).copy_(own_part(weight))
                 for name, buffer in module_state.buffers(self.ema).items():
                     buffer.copy_(self.buffers[name])
+        self.copy_frozen_to_average()
+
+    def copy_frozen_to_average(self) -> None:
+        """Give the module of the average the weights that are never trained, if it has its own copy of them.
+
+        It has one with several ranks: a divided module cannot share weights with another.
+        """
+        if self.ema is not None:
+            found = dict(self.ema.named_parameters())
+            with torch.no_grad():
+                for name, weight in self.frozen.items():
+                    if found[name] is not weight:
+                        own_part(found[name]).copy_(own_part(weight))
 
     def _copy(self, module: nn.Module) -> nn.Module:
         """A copy of the module that shares the weights that are never trained."""

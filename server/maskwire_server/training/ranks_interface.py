@@ -85,8 +85,11 @@ class Ranks:
         """The norm of a vector that is divided like the weights. `of_part` is the norm of a rank's part."""
         return of_part
 
-    def agree(self, facts: str) -> None:
-        """Raise StateLost unless the text `facts`, the results of a step, is the same on every rank."""
+    def agree(self, facts: str, weights: Sequence[Tensor] = ()) -> None:
+        """Raise StateLost unless all ranks have the same results of a step, and all copies the same weights.
+
+        `facts` is the text of the results. `weights` are tensors that are divided among the ranks of a copy.
+        """
 
 
 def _is_divided(tensor: Tensor) -> bool:

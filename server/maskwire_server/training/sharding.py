@@ -30,8 +30,11 @@ from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.training import weight_partition
 from maskwire_server.training.micro_batch_split import Part, split, split_by_length
 from maskwire_server.training.models.backbone import Backbone
-from maskwire_server.training.ranks_interface import Ranks
+from maskwire_server.training.ranks_interface import Ranks, own_part
 from maskwire_server.training.shards import Piece
+
+_RESTART = "all ranks restart and recover the run from its journal, and no acknowledged step is lost"
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 class ManyRanks(Ranks):
@@ -187,18 +190,35 @@ class ManyRanks(Ranks):
         dist.all_gather(found, torch.tensor([flag], dtype=torch.uint8), group=self._control)
         return [rank for rank, each in enumerate(found) if int(each)]
 
-    def agree(self, facts: str) -> None:
-        """Raise StateLost unless `facts` and all executed orders are the same on every rank."""
+    def agree(self, facts: str, weights: Sequence[Tensor] = ()) -> None:
+        """Raise StateLost if ranks have other `facts` or orders, or if copies have other `weights`.
+
+        The facts are sums over all ranks, which would not show that one copy of the model has other weights.
+        """
         own = hashlib.sha256(self._history + facts.encode()).digest()
-        found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
-        other = [rank for rank, each in enumerate(found) if bytes(each.tolist()) != own]
-        if other:
+        sent = own + _checksum(weights if self.replicate > 1 else ()).to_bytes(8, "little", signed=True)
+        received = [torch.empty(len(sent), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(received, torch.frombuffer(bytearray(sent), dtype=torch.uint8), group=self._control)
+        found = [each.numpy().tobytes() for each in received]
+        if other := [rank for rank, each in enumerate(found) if each[: len(own)] != own]:
             raise StateLost(
                 f"rank {self.rank} has the result {facts!r}, but ranks {other} have another result or "
-                "executed other orders; all ranks restart and recover the run from its journal, and no "
-                "acknowledged step is lost"
+                f"executed other orders; {_RESTART}"
             )
+        shard = self.size // self.replicate
+        with_same_part = range(self.rank % shard, self.size, shard)
+        if other := [rank for rank in with_same_part if found[rank] != sent]:
+            raise StateLost(
+                f"rank {self.rank} and ranks {other} have different weights, but hold the same part of the "
+                f"model; {_RESTART}"
+            )
+
+
+def _checksum(weights: Sequence[Tensor]) -> int:
+    """The sum of this rank's parts, read as integers, modulo 2^64. It is exact in any order."""
+    parts = [own_part(weight.detach()) for weight in weights]
+    sums = [part.view(_INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 def _sharded(module: nn.Module) -> list[FSDPModule]:

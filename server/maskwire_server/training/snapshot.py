@@ -213,7 +213,9 @@ def load(saved: SavedState | None, groups: Mapping[str, Group], ranks: Ranks) ->
     except ValueError as error:
         raise StateLost(f"only a part of the checkpoint could be loaded: {error}; check the disk") from error
     for name, group in groups.items():
-        if EMA_FILE not in live:
+        if EMA_FILE in live:
+            group.copy_frozen_to_average()
+        else:
             group.begin_average()
         group.updates = int(live[OPTIMIZER_FILE][f"{name}.updates"])
 

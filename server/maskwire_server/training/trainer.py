@@ -218,7 +218,8 @@ class TorchTrainer:
             generator, critic, self._objective.critic_loss_weight, modes.only_train_critic
         )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
-        self._ranks.agree(f"{losses}, gradient norm {gradient_norm!r} at {at}")
+        weights = [weight for group in self._groups().values() for weight in group.weights]
+        self._ranks.agree(f"{losses}, gradient norm {gradient_norm!r} at {at}", weights)
         try:
             if finite and sums.masked:
                 for group in learners:

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 
+from maskwire_server.engine import quarantine
 from maskwire_server.engine.committer import Reserve
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.errors import DeviceLost, RunDirectoryError, StateLost
@@ -73,6 +74,14 @@ def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_pa
     with pytest.raises(ValueError, match="no death"), poison.watch(bad):
         raise ValueError("no death")
     assert not Quarantine(tmp_path, 2).holds(bad), "it ended by itself, so it is not counted on"
+
+
+def test_a_death_that_the_batch_did_not_cause_is_forgotten(tmp_path: Path) -> None:
+    with pytest.raises(StateLost), Quarantine(tmp_path, 1).watch(b"b" * 32):
+        raise StateLost("rank 1 was silent")
+    quarantine.forget(tmp_path)
+    assert not Quarantine(tmp_path, 1).holds(b"b" * 32)
+    quarantine.forget(tmp_path)
 
 
 @pytest.mark.parametrize("error", [DeviceLost, StateLost])
