@@ -34,7 +34,6 @@ from maskwire_server.training.ranks_interface import Ranks, own_part
 from maskwire_server.training.shards import Piece
 
 _RESTART = "all ranks restart and recover the run from its journal, and no acknowledged step is lost"
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 class ManyRanks(Ranks):
@@ -215,9 +214,12 @@ class ManyRanks(Ranks):
 
 
 def _checksum(weights: Sequence[Tensor]) -> int:
-    """The sum of this rank's parts, read as integers, modulo 2^64. It is exact in any order."""
-    parts = [own_part(weight.detach()) for weight in weights]
-    sums = [part.view(_INTEGERS[part.element_size()]).sum(dtype=torch.int64) for part in parts]
+    """The sum of this rank's parts, read as 64-bit integers, modulo 2^64. It is exact in any order."""
+    sums = []
+    for weight in weights:
+        data = own_part(weight.detach()).contiguous().view(-1).view(torch.uint8)
+        words = data.numel() // 8 * 8
+        sums += [data[:words].view(torch.int64).sum(), data[words:].sum()]
     return int(torch.stack(sums).sum()) if sums else 0
 
 
