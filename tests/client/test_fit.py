@@ -71,7 +71,7 @@ def test_an_interval_of_0_is_refused_and_none_is_said_to_mean_never(option: str)
         (None, r"data.batch\(1\) must return rows of token ids, got None"),
         ([1, 2, 3], r"data.batch\(1\) must return rows.*in no row: return \[row\]"),
         (np.arange(3), r"data.batch\(1\) must return rows.*in no row: return \[row\]"),
-        ("text", r"data.batch\(1\) must be rows of token ids, got str: encode it"),
+        ("text", r"data.batch\(1\) must be rows of token ids, got str: encode the text"),
         ({"input_ids": [[1]]}, r"data.batch\(1\) must be rows of token ids, got dict: pass its 'input_ids'"),
     ],
 )

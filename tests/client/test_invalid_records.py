@@ -24,7 +24,7 @@ def invalid_forms(folder: Path, name: str) -> tuple[Path, str]:
             "jsonl syntax": (b'{"q": "x",', "line 50: the line is not valid JSON"),
             "jsonl type": (b'{"q": "x", "a": 7}', "line 50: the field 'a' must hold text, got int"),
             "jsonl field": (b'{"q": "x"}', "line 50: there is no field 'a'"),
-            "jsonl codec": (b'{"q": "x", "a": "\xff"}', "line 50: not UTF-8 ('utf-8' codec"),
+            "jsonl codec": (b'{"q": "x", "a": "\xff"}', "line 50: the line is not UTF-8 ('utf-8' codec"),
         }[name]
         path.write_bytes(b"\n".join(lines) + b"\n")
     elif name.startswith("csv"):

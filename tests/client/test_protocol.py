@@ -128,7 +128,7 @@ def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: encode_batch([1, 2]), "1 dimensions"),
+        (lambda: encode_batch([1, 2]), "two dimensions, .rows, columns., got 1"),
         (lambda: encode_batch([[0.5]]), "must be integers, got float64"),
         (lambda: encode_batch(IDS, lengths=[1]), r"one length per row \(2 rows\)"),
         (lambda: encode_batch([[1], [2, 3]], lengths=[1, 2]), "left out"),

@@ -96,7 +96,7 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "latin.jsonl": (
         lambda path: path.write_bytes('{"text": "é"}\n'.encode("latin-1")),
-        "line 1: not UTF-8 .*; convert the file to UTF-8",
+        "line 1: the line is not UTF-8 .*; convert the file to UTF-8",
     ),
     "latin.csv": (
         lambda path: path.write_bytes("text\né\n".encode("latin-1")),

@@ -193,9 +193,9 @@ def test_files_without_a_part_of_a_tensor_are_not_read(saved: Saved) -> None:
     """Even if the manifest is not asked, as torch's reader does not."""
     folder = saved[0].path("a")
     for rank, words in (
-        (0, "no file has rows 0 to 2 of generator.a"),
-        (1, "no file has rows 3 to 5 of generator.a"),
-        (2, "no file has rows 6 to 6 of generator.a"),
+        (0, "rows 0 to 2 of generator.a are in none of the files"),
+        (1, "rows 3 to 5 of generator.a are in none of the files"),
+        (2, "rows 6 to 6 of generator.a are in none of the files"),
     ):
         path = folder / f"model-r000{rank}-001.safetensors"
         path.rename(path.with_suffix(".kept"))
@@ -249,7 +249,7 @@ def test_a_state_that_is_not_complete_is_not_a_checkpoint(tmp_path: Path) -> Non
     copy = group.copy()
     less = {**STATE, "model.safetensors": {"generator.b": torch.arange(2.0)}}
     group.savers[1].keep(1, partial(parts, 1, less))
-    with pytest.raises(Refused, match=r"no file has rows 3 to 5 of generator\.a"):
+    with pytest.raises(Refused, match=r"rows 3 to 5 of generator\.a are in none"):
         Checkpoints(tmp_path).write(copy, manifest())
 
 

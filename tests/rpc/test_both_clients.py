@@ -257,7 +257,7 @@ async def downloads_beside_the_writer(server: ServerProcess, client: Any) -> Non
             assert told[-1] == (saved.size_bytes, saved.size_bytes)
             with pytest.raises(CheckpointError, match="no checkpoint is named 'two'"):
                 await reader.download("two", folder)
-            with pytest.raises(CheckpointError, match=r"has no ema\.safetensors"):
+            with pytest.raises(CheckpointError, match=r"has no file ema\.safetensors"):
                 await reader.download("one", server.folder / "ema", ema=True)
         for name in saved.files:
             original = server.folder / "run" / "checkpoints" / "one" / name
@@ -364,7 +364,7 @@ def test_a_batch_over_the_size_limit_is_not_sent_and_those_behind_it_are_trained
     async def body() -> None:
         async with client.connect(server.address) as trainer:
             first = await trainer.submit(tokens(0))
-            with pytest.raises(RequestError, match=r"131,\d+ bytes, and the server takes 65,536: send fewer"):
+            with pytest.raises(RequestError, match=r"131,\d+ bytes, but the server accepts at most 65,536"):
                 await trainer.submit(np.full((8, 8192), 1))
             behind = [await trainer.submit(tokens(seed)) for seed in (1, 2)]
             assert [(await asyncio.wait_for(future, 30)).step for future in (first, *behind)] == [1, 2, 3]

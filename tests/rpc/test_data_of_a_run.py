@@ -158,4 +158,4 @@ def test_a_tokenizer_that_cannot_be_kept_costs_no_step(
     with maskwire.connect(server.address) as trainer:
         result = trainer.fit(data, until_step=2, progress=False)
     assert result.step == 2
-    assert "the run does not keep the tokenizer of the data (" in caplog.text
+    assert "the server did not store the data's tokenizer (" in caplog.text

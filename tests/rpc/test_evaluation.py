@@ -154,7 +154,7 @@ def test_rows_that_are_prompts_throughout_are_passed_over(server: ServerProcess)
         whole = client.eval_loss(rows, prompt_mask=prompts, draws=3, text_bytes=30)
         assert [row.tokens for row in whole.rows] == [8, 0, 3, 8, 0, 8]
         same(client.evaluate(rows, prompt_mask=prompts, draws=3, batch_size=1, text_bytes=30), whole)
-        with pytest.raises(ValueError, match="prompts only"):
+        with pytest.raises(ValueError, match="no row has a token outside its prompt"):
             client.evaluate(rows, prompt_mask=np.ones((6, 8), dtype=bool))
 
 
@@ -172,7 +172,7 @@ def test_training_in_the_middle_of_an_evaluation_is_found(serve: Callable[..., S
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"estimator": "chain_rule", "draws": 2}, "there is only one such order"),
-    ({"estimator": "chain_rule", "only_train_critic": True}, "has no critic"),
+    ({"estimator": "chain_rule", "only_train_critic": True}, "uses no critic"),
     ({"chain_order": "random"}, "chain_order needs ESTIMATOR_CHAIN_RULE"),
 ], ids=str)  # fmt: skip
 def test_what_a_chain_rule_cannot_be_told_is_refused_by_name(

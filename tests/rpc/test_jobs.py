@@ -274,7 +274,7 @@ def test_the_learning_rate_and_the_total_may_change_also_behind_a_kill(serve: Se
     rough._command.append("--set=optimizer.ema_decay=0")
     refused = fork_server.run(rough._command, text=True)
     assert refused.returncode == 3
-    assert "optimizer.ema_decay was 0.9, is 0.0" in refused.stderr
+    assert "optimizer.ema_decay was 0.9 and is now 0.0" in refused.stderr
 
 
 def test_a_refused_batch_stops_a_job_in_its_place_whatever_the_window(serve: Serve, tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def test_a_row_of_more_passes_than_a_generation_may_have_is_told_so_first(
 def test_seeds_that_do_not_fit_the_rows_are_refused_before_any_call(small: ServerProcess, ask: Any) -> None:
     for options, words in (
         ({"row_seeds": [1]}, r"one seed per row \(9 rows\)"),
-        ({"seed": 2**63 - 3}, "seeds of 9 rows"),
+        ({"seed": 2**63 - 3}, "seeds of all 9 rows"),
     ):
         with pytest.raises((ValueError, MaskwireError), match=words):
             ask(small, "generate", count=9, **options)

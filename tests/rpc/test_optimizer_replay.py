@@ -82,7 +82,7 @@ def test_what_the_state_does_not_fit_is_refused_and_nothing_is_lost(serve: Serve
     for change in ("optimizer.name=adamw", "optimizer.groups=[]"):
         refused = fork_server.run([*server._command, f"--set={change}"], text=True)
         assert refused.returncode == 3, refused.stderr
-        assert "optimizer.name and what optimizer.groups freezes must be as" in refused.stderr
+        assert "optimizer.name and the parameters that optimizer.groups freezes must be as" in refused.stderr
     wrong = '--set=optimizer.groups=[{match = "blocs.*"}]'
     refused = fork_server.run([*server._command, wrong], text=True)
     assert refused.returncode == 2, refused.stderr

@@ -43,7 +43,7 @@ def test_packed_rows_are_their_documents_also_after_a_kill(
             trainer.train_step(np.stack(PACKED), segment_ids=SEGMENTS[:1])
         with pytest.raises(TypeError, match="segment_ids"):
             trainer.generate(PACKED, segment_ids=SEGMENTS)
-        with pytest.raises(ValueError, match="give each document as a row"):
+        with pytest.raises(ValueError, match="pass each document as a row"):
             trainer.evaluate(PACKED, segment_ids=SEGMENTS)
         unpacked = trainer.eval_loss(DOCUMENTS, row_ids=[7, 8, 9, 10])
     assert packed.nats_per_token == unpacked.nats_per_token

@@ -45,7 +45,7 @@ PRELUDE = """
         try:
             print(name, "returned", call())
         except ForkError as error:
-            print(name, error.reason, f"process {os.getpid()}, a fork" in str(error), address in str(error))
+            print(name, error.reason, f"forked child {os.getpid()}" in str(error), address in str(error))
 """
 
 

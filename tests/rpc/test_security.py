@@ -132,7 +132,7 @@ def test_each_role_may_call_the_methods_that_require_it_or_a_lower_one(
     assert denied is not allowed
     if denied:
         assert reason_of(error) == "PERMISSION_DENIED"
-        assert f"this one has role {role}" in error.details()
+        assert f"this token has role {role}" in error.details()
     elif error is not None:
         assert error.code() is not grpc.StatusCode.UNAUTHENTICATED
 

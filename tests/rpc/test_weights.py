@@ -257,7 +257,7 @@ def test_requests_that_make_no_sense_are_refused(serve: Serve, stub: Stub) -> No
             grpc.StatusCode.INVALID_ARGUMENT,
             "at most",
         ),
-        ({"name": "big", "offset_bytes": 5}, grpc.StatusCode.INVALID_ARGUMENT, "0 without a file"),
+        ({"name": "big", "offset_bytes": 5}, grpc.StatusCode.INVALID_ARGUMENT, "0 if file is not set"),
         (
             {"name": "big", "file": "state.json", "offset_bytes": -1},
             grpc.StatusCode.INVALID_ARGUMENT,

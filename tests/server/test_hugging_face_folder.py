@@ -37,11 +37,11 @@ def filled(path: object, **table: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"config": "{"}, "config.json cannot be read: Expecting property name"),
-        ({"config": "[]"}, "config.json must have a model_type, as transformers writes it"),
-        ({"config": {"vocab_size": 30}}, "config.json must have a model_type, as transformers writes it"),
-        ({"tokenizer": "{"}, "tokenizer.json cannot be read: Expecting property name"),
-        ({"tokenizer_config": "["}, "tokenizer_config.json cannot be read: Expecting value"),
+        ({"config": "{"}, "config.json must be a readable JSON file: Expecting property name"),
+        ({"config": "[]"}, "config.json must be a transformers config with model_type"),
+        ({"config": {"vocab_size": 30}}, "config.json must be a transformers config with model_type"),
+        ({"tokenizer": "{"}, "tokenizer.json must be a readable JSON file: Expecting property name"),
+        ({"tokenizer_config": "["}, "tokenizer_config.json must be a readable JSON file: Expecting value"),
         (
             {},
             "model.mask_id: must be set, because there is no tokenizer with a mask token beside config.json",
@@ -131,7 +131,9 @@ def test_a_model_that_the_hub_does_not_give_is_named_with_the_reason(hub: Any, e
         raise error
 
     hub.snapshot_download = fail
-    with pytest.raises(ConfigError, match=f"some/bert is no folder here and cannot be loaded .*: {error}$"):
+    with pytest.raises(
+        ConfigError, match=f"some/bert is not a folder here and cannot be loaded .*: {error}$"
+    ):
         filled("some/bert", mask_id=4)
 
 

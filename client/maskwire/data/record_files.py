@@ -122,7 +122,7 @@ def read_tsv(name: str, opened: Open, fields: Fields, start: int) -> Iterator[It
 
 
 def _tell(file: IO[bytes]) -> int:
-    """The bytes of a file that have been read, for the progress; 0 if unknown. They run ahead of the rows."""
+    """How many bytes of a file have been read, for the progress bar; 0 if unknown. Reading is buffered."""
     try:
         return file.tell()
     except OSError:

@@ -2,7 +2,7 @@
 
 The protocol does no I/O. Each call of the client is an operation: a generator that yields effects, receives
 the outcome of each, and returns the call's result. The blocking and the asyncio client differ only in how
-their drivers perform effects. Only one operation at a time runs between two effects, so the protocol needs no
+their drivers perform effects. A driver switches to another operation only at an effect, so the protocol needs no
 locks.
 """
 

@@ -167,8 +167,8 @@ class EvaluationSum:
             if (found.step, found.digest) != (first.step, first.digest):
                 raise StepMovedError(
                     f"the run went from step {first.step} to step {found.step} during the evaluation: "
-                    "evaluate while no client is training, in the training loop (the argument `evaluate` of "
-                    "fit), or with fewer rows"
+                    "evaluate while no client is training, or inside the training loop (`evaluate` of fit), "
+                    "or evaluate fewer rows"
                 )
             for name in ("draws", "ema_weights"):
                 if getattr(found, name) != getattr(first, name):

@@ -36,8 +36,8 @@ class Writer(Session):
     """Operations of a client with a session.
 
     Steps are sent and acknowledged in the order of their submission, because each digest is computed from the
-    previous digest. An interrupt leaves the writer consistent: after an answer, each change of state is a
-    single assignment, and another operation can finish an interrupted step.
+    previous digest. An interrupt (Ctrl-C) leaves the writer consistent: once an answer has arrived, each
+    change of its state is a single assignment. A later operation can finish an interrupted step.
     """
 
     def __init__(

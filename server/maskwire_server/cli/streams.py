@@ -1,8 +1,8 @@
 """Standard streams that never fail, so that a command's exit code depends on its work, not on its output.
 
-A reader that has exited, a full disk, a closed descriptor or a character that the encoding lacks must not
-stop a command halfway or look like a user error. Characters that cannot be encoded are replaced. After the
-first failed write the rest of the output is discarded, and `finish` reports it.
+Four problems must not stop a command halfway or look like a user error: a reader that has exited, a full
+disk, a closed descriptor, and a character that the encoding lacks. Characters that cannot be encoded are
+replaced. After the first failed write, the rest of the output is discarded, and `finish` reports the failure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OUTPUT = 7
 
 
 class _Sink(io.RawIOBase):
-    """A raw stream that writes to a file descriptor. After its first failure it discards all output."""
+    """A raw stream that writes to a descriptor, and discards all output after the first failed write."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def _stream(old: Any, errors: str) -> TextIO:
 
 
 def _failure() -> OSError | None:
-    """The error that stopped the output to stdout; None if there was none."""
+    """Return the error of the first failed write to stdout; None if no write failed."""
     raw: Any = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.failure if isinstance(raw, _Sink) else None
 
@@ -90,9 +90,9 @@ def reader_gone() -> bool:
 
 
 def finish(code: Any) -> tuple[Any, str]:
-    """Flush the streams. Return the command's exit code, and a message for stderr, which may be empty.
+    """Flush the streams, and return a command's exit code and a message for stderr, which may be empty.
 
-    `code` is the exit code of the command's work.
+    The exit code is `code`, or OUTPUT if the command succeeded but its output could not be written.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):

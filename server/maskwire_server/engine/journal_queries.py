@@ -28,7 +28,10 @@ class JournalQuery:
     """Whether the answer must wait until the mirror has the records that it comes from."""
 
     def find(self, journal: Journal, run: Run) -> tuple[Any] | None:
-        """Return the answer in a tuple, or None if the future is refused or its caller no longer waits."""
+        """Read the answer, and return it in a tuple, or None if nobody waits for it.
+
+        If the query is refused, its future gets the error, and None is returned.
+        """
         future = self.future
         if future.cancelled():
             return None

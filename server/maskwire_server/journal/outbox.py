@@ -295,8 +295,8 @@ def apply(db: sqlite3.Connection, change: Change) -> None:
         return
     if change.kind not in (PUT, DELETE) or len(columns) != len(change.values):
         raise ValueError(
-            f"a {change.kind} of {len(change.values)} columns in table {change.table!r} does not fit journal "
-            f"format {FORMAT}; use the version that wrote it"
+            f"journal format {FORMAT} has no change {change.kind!r} of {len(change.values)} columns in table "
+            f"{change.table!r}; use the version of maskwire that wrote it"
         )
     values = dict(zip(columns, change.values, strict=True))
     if change.kind == PUT:

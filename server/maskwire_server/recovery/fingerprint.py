@@ -71,7 +71,7 @@ def replayable(
 
 
 def changed_fingerprints(was: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """Keys of the fingerprint, other than the numerics version, whose values differ between two settings."""
+    """The keys, other than that of the numerics version, whose values differ between two fingerprints."""
     return [
         key
         for key in sorted(was.keys() & settings.keys())  # an older version recorded fewer keys

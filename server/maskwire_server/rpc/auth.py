@@ -108,7 +108,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
         if not token:
             raise Refused(
                 "UNAUTHENTICATED",
-                "this server requires a token: send exactly one 'authorization: Bearer TOKEN' as metadata",
+                "this server requires one 'authorization: Bearer TOKEN' in the call's metadata",
             )
         found = self._find(token)
         if found is None:

@@ -97,7 +97,8 @@ def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_S
     if not shape:
         if len(parts) > 1:
             raise ValueError(
-                f"{file}: {name} must be in one file, but is in {parts[0].path.name} and {parts[1].path.name}"
+                f"the tensor {name} must be in one file, but is in {parts[0].path.name} and "
+                f"{parts[1].path.name}; use another checkpoint"
             )
         return
     row = 0
@@ -108,7 +109,8 @@ def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_S
             )
         if part.first > row:
             raise ValueError(
-                f"{file}: no file has rows {row} to {part.first - 1} of {name}; the checkpoint is incomplete"
+                f"rows {row} to {part.first - 1} of {name} are in none of the files {file}: the checkpoint "
+                "is incomplete; use another"
             )
         if part.shape[1:] != shape[1:]:
             raise ValueError(
@@ -117,7 +119,8 @@ def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_S
         row += part.shape[0]
     if row != shape[0]:
         raise ValueError(
-            f"{file}: no file has rows {row} to {shape[0] - 1} of {name}; the checkpoint is incomplete"
+            f"rows {row} to {shape[0] - 1} of {name} are in none of the files {file}: the checkpoint is "
+            "incomplete; use another"
         )
 
 

@@ -1,14 +1,13 @@
 """Evaluation: a low-variance estimate of the negative ELBO, and the configured losses.
 
-Each row has K draws. Systematic sampling gives their counts of masked positions: k_j = floor(n (j + u)/K) + 1
-for j = 0 ... K-1, with one uniform u. On average over u, the points (j + u)/K fall equally often into each of
-the n intervals [(k-1)/n, k/n), so that each count is equally likely, for every n and K. With k uniform on 1
-to n,
+Each row has draws in two halves of K. Systematic sampling gives the counts of masked positions of each half:
+k_j = floor(n (j + u)/K) + 1 for j = 0 ... K-1, with one uniform u per half. On average over u, the points
+(j + u)/K fall equally often into each of the n intervals [(k-1)/n, k/n), so that each count is equally
+likely, for every n and K. With k uniform on 1 to n,
 
     negative ELBO of a row = sum over k of (1/k) E[CE sum at k masked] = E[(n/k) CE sum].
 
-The K draws consist of two halves, each a systematic sample with its own u. The difference of the halves gives
-the Monte Carlo error.
+The difference of the two halves gives the Monte Carlo error.
 
 Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positions, m masked positions.
 """

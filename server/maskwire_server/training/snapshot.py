@@ -236,7 +236,7 @@ def _find_weights(folder: Path, live: Files) -> dict[str, SavedTensors]:
     if checkpoint_tensors.files_of(folder, FROZEN_FILE):
         kept = _found(folder, FROZEN_FILE)
         if kept.keys() != live.get(FROZEN_FILE, {}).keys():  # later checkpoints link the same file
-            raise ValueError(f"{FROZEN_FILE}: holds other weights than those that are frozen now{_FIXED}")
+            raise ValueError(f"{FROZEN_FILE}: does not hold exactly the weights that are frozen now{_FIXED}")
         saved |= kept
     wanted = {name: tensor for file in files for name, tensor in live[file].items()}
     found = _fitting(MODEL_FILE, saved, wanted)

@@ -279,7 +279,7 @@ def test_what_retention_could_not_delete_goes_with_the_next_save(
             wait_for(lambda step=step: len(on_disk(rig.folder)) == step + 1 and not engine._saves.busy)
     assert sorted(on_disk(rig.folder)) == ["step-000000000", "step-000000001", "step-000000002"]
     words = {
-        "delete": "step-000000000 could not be deleted by retention ([Errno 1] Operation not permitted)",
+        "delete": "retention could not delete checkpoint step-000000000 ([Errno 1] Operation not permitted)",
         "read": "retention could not delete checkpoints ([Errno 24] Too many open files)",
     }
     assert words[failure] in caplog.text

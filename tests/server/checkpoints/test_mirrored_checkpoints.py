@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_refused_and_named_and_keeps_no_other_from_the_m
             wait_for((folder / "manifest.json").exists)
             wait_for(lambda: not engine._saves.busy)
         damage(folder / "state.json")
-    words = "checkpoint 'newer' cannot be copied to the mirror: state.json is missing or does not match its"
+    words = "checkpoint 'newer' cannot be copied to the mirror: its file state.json is missing or"
     wait_for(lambda: mirror(engine).problem.startswith(words))
     assert mirror(engine).checkpoint == "older"
     assert saves[0].result(WAIT).name == "older"

@@ -229,7 +229,7 @@ def test_what_is_read_stays_and_a_minute_longer_for_the_next_file(tmp_path: Path
 def test_a_whole_checkpoint_is_never_written_over(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     first = checkpoints.write(Files(), manifest())
-    with pytest.raises(Refused, match="is taken"):
+    with pytest.raises(Refused, match="exists; choose another name"):
         checkpoints.write(Files(), manifest())
     assert checkpoints.all() == [first]
 
@@ -272,8 +272,8 @@ def test_too_many_open_files_are_no_damage(tmp_path: Path, file: str, call: Any)
 @pytest.mark.parametrize(
     ("fields", "reason", "words"),
     [
-        ({"file": "critic.safetensors"}, "CHECKPOINT_NOT_FOUND", "it has: model.safetensors, optimizer.saf"),
-        ({"file": "model.safetensors", "offset": 701}, "INVALID_FIELD", "at most the file's 700, got 701"),
+        ({"file": "critic.safetensors"}, "CHECKPOINT_NOT_FOUND", "its files: model.safetensors, optimi"),
+        ({"file": "model.safetensors", "offset": 701}, "INVALID_FIELD", "700, the file's size, got 701"),
     ],
     ids=["file", "offset"],
 )
@@ -295,10 +295,10 @@ def test_the_rest_of_a_file_is_downloaded_and_compared_by_its_size(tmp_path: Pat
     assert (chunk.offset, chunk.data) == (600, (b"weights" * 100)[600:])
     path = checkpoints.path("a") / "model.safetensors"
     path.write_bytes(b"weights" * 99)
-    with pytest.raises(Refused, match=r"model\.safetensors does not match the manifest's size"):
+    with pytest.raises(Refused, match=r"model\.safetensors: does not match the manifest's size"):
         list(download.read(checkpoints, request))
     path.unlink()
-    with pytest.raises(Refused, match=r"model\.safetensors No such file or directory; download") as raised:
+    with pytest.raises(Refused, match=r"model\.safetensors: No such file or directory; download") as raised:
         list(download.read(checkpoints, request))
     assert raised.value.reason == "CHECKPOINT_DAMAGED"
 

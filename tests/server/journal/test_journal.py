@@ -381,6 +381,8 @@ def test_an_exceeded_quota_counts_as_a_full_disk(
 def test_a_lineage_that_does_not_descend_from_an_earlier_one_is_damage(parent: int) -> None:
     lineages = {number: Lineage(number, 1, number, b"", None, None) for number in (2, 3)}
     lineages |= {1: Lineage(1, None, 0, b"", None, None), 2: Lineage(2, parent, 5, b"", None, None)}
-    with pytest.raises(RunDirectoryError, match=f"lineage 2 descends from lineage {parent}, which does not"):
+    with pytest.raises(
+        RunDirectoryError, match=f"lineage 2 must descend from an earlier lineage, got {parent}"
+    ):
         ancestry(lineages, 2)
     assert ancestry(lineages, 3) == [Segment(1, 3), Segment(3, None)]

@@ -52,10 +52,14 @@ def test_a_segment_that_is_written_again_as_it_is_stays_readable() -> None:
 @pytest.mark.parametrize(
     ("head", "row", "words"),
     [
-        ({"format": 99}, None, "^a newer version wrote it; use that version"),
-        ({"compression": "zstd"}, None, r"^a newer version wrote it \(.*'compression'\); use that version"),
-        ({}, ["events", "put", 1, True, "kind", None, None], "^a column cannot hold True"),
-        ({}, ["events", "put", 1, [2], "kind", None, None], r"^a column cannot hold \[2\]"),
+        ({"format": 99}, None, "^a newer version of maskwire wrote the segment; use that version"),
+        (
+            {"compression": "zstd"},
+            None,
+            r"^a newer version of maskwire wrote it \(.*'compression'\); use that version",
+        ),
+        ({}, ["events", "put", 1, True, "kind", None, None], "^a value in a segment must be .*, got True"),
+        ({}, ["events", "put", 1, [2], "kind", None, None], r"^a value in a segment must be .*, got \[2\]"),
     ],
 )
 def test_a_segment_of_a_newer_version_is_refused_with_what_is_new(
@@ -70,7 +74,9 @@ def test_a_start_names_the_segment_that_a_newer_version_wrote(rig: MirroredRig) 
         journal.create({"run_id": "run-1", "seed": 0, "canonical": b"{}"}, b"d" * 32)
         writer = resume(journal, rig.store, "local")
         rig.store.put(segment_name(writer.number + 1), rewritten(SEGMENT.encode(), {"format": 99}))
-        with pytest.raises(RunDirectoryError, match=r"mirror: segment 2: a newer version wrote it; use that"):
+        with pytest.raises(
+            RunDirectoryError, match=r"mirror: segment 2: a newer version of maskwire wrote the"
+        ):
             resume(journal, rig.store, "local")
 
 
@@ -91,7 +97,7 @@ def test_a_segment_that_exists_and_cannot_be_read_is_tried_again(rig: MirroredRi
     rig.store.put(segment_name(1), SEGMENT.encode())
     with (
         mock.patch.object(ObjectStore, "get", return_value=None),  # a store whose reads lag behind its writes
-        pytest.raises(StoreError, match="segments/000000000001 exists, and cannot be read"),
+        pytest.raises(StoreError, match="segments/000000000001 exists but cannot be read"),
     ):
         writer.send()
     with pytest.raises(FencedError):
@@ -118,7 +124,7 @@ def lost(rig: MirroredRig, mirror_of_a_run: Path) -> MirroredRig:
     return rig
 
 
-NOT_NEXT = "it does not follow the previous segment"
+NOT_NEXT = "the segment does not continue the previous one"
 
 
 @pytest.mark.parametrize(
@@ -127,10 +133,10 @@ NOT_NEXT = "it does not follow the previous segment"
         (2, {"number": 3}, NOT_NEXT),
         (2, {"previous": "0" * 64}, NOT_NEXT),
         (2, {"run_id": "another"}, NOT_NEXT),
-        (1, {"changes": SEGMENT.changes}, "it does not follow an upload of the complete journal"),
-        (0, {"changes": (Change("unknown", "put", (1,)),)}, "put of 1 columns in 'unknown' fits no table of"),
-        (0, {"changes": (Change("steps", "put", (1,)),)}, "put of 1 columns in 'steps' fits no table of"),
-        (0, {"changes": (Change("run", "merge", ("a", 1)),)}, "merge of 2 columns in 'run' fits no table of"),
+        (1, {"changes": SEGMENT.changes}, "the segment must follow an upload of the complete journal"),
+        (0, {"changes": (Change("unknown", "put", (1,)),)}, "'put' of 1 columns in table 'unknown'"),
+        (0, {"changes": (Change("steps", "put", (1,)),)}, "'put' of 1 columns in table 'steps'"),
+        (0, {"changes": (Change("run", "merge", ("a", 1)),)}, "'merge' of 2 columns in table 'run'"),
     ],
     ids=["number", "previous", "run", "no upload", "table", "columns", "kind"],
 )  # fmt: skip

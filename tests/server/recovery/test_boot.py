@@ -538,7 +538,9 @@ def test_a_run_of_weights_from_elsewhere_never_begins_at_seeded_ones(rig: Rig) -
     text = state.read_text()
     state.write_text("{}")
     for _ in range(2):  # the second time it was set aside
-        with pytest.raises(RunDirectoryError, match="the run began from checkpoint 'imported'"):
+        with pytest.raises(
+            RunDirectoryError, match="the run began from imported weights in checkpoint 'imported'"
+        ):
             rig.start()
         rig.engines.pop()
     assert any("imported" in problem for problem in verify.verify(rig.folder).problems)

@@ -191,7 +191,7 @@ def test_an_option_that_this_version_does_not_know_is_named(tmp_path: Path) -> N
     journal = Journal(tmp_path / "run")
     journal.create({"run_id": "a", "seed": 0, "canonical": json.dumps(record).encode()}, bytes(32))
     journal.close()
-    with pytest.raises(RunDirectoryError, match=r"objective\.of_the_future is recorded, and this version"):
+    with pytest.raises(RunDirectoryError, match=r"the run has recorded objective\.of_the_future, which"):
         recorded_config.of_run(config.load(None), tmp_path / "run")
 
 

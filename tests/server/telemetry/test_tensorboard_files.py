@@ -174,7 +174,7 @@ def test_after_a_full_disk_the_curves_continue_in_another_file(
     monkeypatch.setattr(files._file._records, "write", full)
     with pytest.raises(OSError, match="No space"):
         files.receive(step(2))
-    with pytest.raises(OSError, match="a new one is tried"):
+    with pytest.raises(OSError, match="a new file is tried"):
         files.receive(step(3))
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1, "no file for each event that is lost"
     files._retry_at = 0.0

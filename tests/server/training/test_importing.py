@@ -262,7 +262,7 @@ def test_the_constructor_of_an_exported_model_has_the_dropout_rates() -> None:
 
 def test_a_single_head_is_not_exported() -> None:
     config = ModelConfig(num_tokens=V, heads=1, **MODEL)
-    with pytest.raises(ValueError, match=r"model\.heads is 1"):
+    with pytest.raises(ValueError, match=r"model\.heads must be at least 2 for this format, got 1"):
         x_transformers_export.export_state_dict(config, ObjectiveConfig(), {})
 
 

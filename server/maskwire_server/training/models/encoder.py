@@ -249,7 +249,7 @@ class Encoder(Backbone):
     def head(self, e_md: Tensor) -> Head:
         """Return the input, weight and bias of the output layer for the embeddings of m positions.
 
-        If the weight is tied to the token embeddings, this scales the embeddings instead of the weight.
+        If the weight is the token embedding, its factor d^(-1/2) is applied to the returned input instead.
         """
         if self.to_logits is not None:
             return Head(e_md, self.to_logits.weight)

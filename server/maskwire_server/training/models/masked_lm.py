@@ -132,8 +132,8 @@ class MaskedLM(Backbone):
         if found is None or found.shape[:2] != ids_bn.shape:
             shape = "nothing" if found is None else tuple(found.shape)
             raise ConfigError(
-                f"model: the output layer of {type(self.model).__name__} must be called once, with the "
-                f"shape [rows, columns, width] = {[*ids_bn.shape, self.dim]}, got {shape}"
+                f"model: {type(self.model).__name__} must call its output layer exactly once per pass, with "
+                f"an input of shape [rows, columns, width] = {[*ids_bn.shape, self.dim]}, got {shape}"
             )
         return found
 
