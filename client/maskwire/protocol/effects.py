@@ -2,8 +2,8 @@
 
 The protocol does no I/O. Each call of the client is an operation: a generator that yields effects, receives
 the outcome of each, and returns the call's result. The blocking and the asyncio client differ only in how
-their drivers perform effects. A driver switches to another operation only at an effect, so the protocol needs no
-locks.
+their drivers perform effects. A driver switches to another operation only at an effect, so the protocol
+needs no locks.
 """
 
 from __future__ import annotations
