@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -77,7 +78,8 @@ def test_a_store_without_its_package_is_refused_with_the_extra(
 ) -> None:
     pytest.importorskip("fsspec", reason="needs the extra storage")
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "fsspec.registry", raising=False)
+    imported = importlib.import_module("fsspec.registry")  # the attribute of that name is a mapping
+    monkeypatch.delitem(imported._registry, "s3", raising=False)
     with pytest.raises(ConfigError, match=r"'s3://bucket/run' needs a package that is missing .*\[storage\]"):
         ObjectStore("s3://bucket/run")
 
