@@ -27,7 +27,14 @@ from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.engine.watchdog import Watchdog
 from maskwire_server.error_output import say
-from maskwire_server.errors import ConfigError, DeviceLost, FencedError, Refused, RunDirectoryError
+from maskwire_server.errors import (
+    ConfigError,
+    DeviceLost,
+    FencedError,
+    MaskwireError,
+    Refused,
+    RunDirectoryError,
+)
 from maskwire_server.exit_codes import (
     EXIT_CONFIG,
     EXIT_DEVICE,
@@ -169,7 +176,9 @@ def serve_rank(
     from maskwire_server.ranks.orders import Order
     from maskwire_server.ranks.shard_saver import ShardSaver
     from maskwire_server.ranks.shared_folder import SavePlace
+    from maskwire_server.training.device_errors import usable_after
     from maskwire_server.training.trainer import TorchTrainer
+    from maskwire_server.training.user_code import one_line
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
@@ -181,16 +190,22 @@ def serve_rank(
     saver = ShardSaver(member, PartFiles())
 
     def build(completed: Config) -> TorchTrainer:
-        ranks = member.ranks
+        """Build this rank's trainer. Raises ConfigError if that fails in a way that a restart would repeat."""
+        ranks, sections = member.ranks, (completed.model, completed.objective, completed.optimizer)
         ranks.use_device()
-        return TorchTrainer(
-            completed.model,
-            completed.objective,
-            completed.optimizer,
-            completed.serve,
-            completed.run.seed,
-            ranks,
-        )
+        try:
+            return TorchTrainer(*sections, completed.serve, completed.run.seed, ranks)
+        except Exception as error:
+            ours = isinstance(error, MaskwireError)
+            # If the cause is the loss of another rank, this process ends meanwhile, and the ranks restart.
+            time.sleep(GRACE_SECONDS if ours else config.distributed.rank_timeout_seconds + GRACE_SECONDS)
+            if ours or not usable_after(error, ranks.device):
+                raise
+            log.exception("rank %d cannot build the model", ranks.rank)
+            raise ConfigError(
+                f"distributed: rank {ranks.rank} cannot build the model, or divide it: {one_line(error)}; "
+                "the log has the details; change the model, or train with one process"
+            ) from error
 
     def lead(completed: Config) -> Trainer:
         launcher.note_leader()  # signals are handled by now
@@ -208,9 +223,10 @@ def serve_rank(
     if not member.is_leader:
         try:
             follower.follow(member, lambda sections: build(Config(**sections)), saver)
-        except ConfigError as error:  # the leader raises it too, or ends because this rank is missing
+        except ConfigError as error:  # if the leader raises it too, this process ends meanwhile
             time.sleep(config.distributed.rank_timeout_seconds)
             say(error)
+            _leave(launcher.note_exit(EXIT_CONFIG))
         except Exception:
             time.sleep(GRACE_SECONDS)
             log.exception("rank %d failed", member.place.rank)

@@ -28,10 +28,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.training import weight_partition
+from maskwire_server.training.block_calls import BlockCalls, CallOrder
 from maskwire_server.training.micro_batch_split import Part, split, split_by_length
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.ranks_interface import Ranks
 from maskwire_server.training.shards import Piece
+from maskwire_server.training.unused_weights import UnusedWeights
 
 
 class ManyRanks(Ranks):
@@ -63,6 +65,7 @@ class ManyRanks(Ranks):
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._history = b""
+        self._unused = UnusedWeights()
 
     def use_device(self) -> None:
         """Make this rank's device the default of the calling thread, as NCCL requires."""
@@ -86,16 +89,28 @@ class ManyRanks(Ranks):
         self._history = hashlib.sha256(self._history + order).digest()
 
     def divide(
-        self, networks: Mapping[str, nn.Module | None], *, with_averages: bool
+        self,
+        networks: Mapping[str, nn.Module | None],
+        *,
+        with_averages: bool,
+        orders: Mapping[str, CallOrder] | None = None,
     ) -> dict[str, nn.Module]:
         """Divide the networks and their copies for moving averages among the ranks. Returns the copies.
 
-        Raises ConfigError if a network cannot be divided.
+        From now on, a pass that calls a network's blocks in another order than in `orders` raises
+        ConfigError. Raises ConfigError if a network cannot be divided.
         """
         modules = {name: module for name, module in networks.items() if module is not None}
         averages = {name: copy.deepcopy(module) for name, module in modules.items()} if with_averages else {}
         for module in (*modules.values(), *averages.values()):
             self._shard(module)
+        for name, module in modules.items():
+            check = None
+            if orders and name in orders and isinstance(module, Backbone):
+                check = BlockCalls(module, orders[name]).check_complete
+            for unit in _sharded(module):  # the first is the network itself
+                self._unused.watch(unit, check)
+                check = None
         return {name: module.eval().requires_grad_(False) for name, module in averages.items()}
 
     def _shard(self, module: nn.Module) -> None:
@@ -121,6 +136,7 @@ class ManyRanks(Ranks):
         """
         for each in _sharded(module):
             each.reshard()
+        self._unused.forget()
 
     def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
         """This rank's parts of a logical batch.
@@ -144,6 +160,10 @@ class ManyRanks(Ranks):
             ]
         own: list[Part | None] = list(of_ranks[self.rank])
         return own + [None] * (max(map(len, of_ranks)) - len(own))
+
+    def begin_empty_part(self) -> None:
+        """Count no weight as used until `release`. Empty parts come last."""
+        self._unused.pause()
 
     def add(self, sums: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place, and return it."""
@@ -183,22 +203,29 @@ class ManyRanks(Ranks):
 
     def which(self, flag: bool) -> list[int]:
         """The ranks on which `flag` is True. Every rank must call this."""
-        found = [torch.zeros(1, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(found, torch.tensor([flag], dtype=torch.uint8), group=self._control)
-        return [rank for rank, each in enumerate(found) if int(each)]
+        return [rank for rank, found in enumerate(self._gather(bytes([flag]))) if found[0]]
 
     def agree(self, facts: str) -> None:
-        """Raise StateLost unless `facts` and all executed orders are the same on every rank."""
+        """Raise StateLost unless `facts` and all executed orders are the same on every rank.
+
+        Deletes the gradients of weights that no rank used, as one process has none.
+        """
         own = hashlib.sha256(self._history + facts.encode()).digest()
-        found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
-        other = [rank for rank, each in enumerate(found) if bytes(each.tolist()) != own]
+        found = self._gather(own + self._unused.used)
+        other = [rank for rank, each in enumerate(found) if each[: len(own)] != own]
         if other:
             raise StateLost(
                 f"rank {self.rank} has the result {facts!r}, but ranks {other} have another result or "
                 "executed other orders; all ranks restart and recover the run from its journal, and no "
                 "acknowledged step is lost"
             )
+        self._unused.delete([each[len(own) :] for each in found])
+
+    def _gather(self, own: bytes) -> list[bytes]:
+        """The bytes of every rank, by rank; all ranks give equally many."""
+        found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
+        return [each.numpy().tobytes() for each in found]
 
 
 def _sharded(module: nn.Module) -> list[FSDPModule]:

@@ -41,6 +41,7 @@ from maskwire_server.training import (
     snapshot,
 )
 from maskwire_server.training.batch_losses import BatchLosses
+from maskwire_server.training.block_calls import CallOrder
 from maskwire_server.training.corruption import StepKey, Vocabulary
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.gathered import Gathered
@@ -88,10 +89,14 @@ class TorchTrainer:
             self.networks = Networks(model, objective)  # on the CPU: the same weights for every device
         self.networks.checkpoint_activations(serve.activation_checkpointing)
         parts = {"generator": self.networks.generator, "critic": self.networks.critic}
+        orders: dict[str, CallOrder] = {}
         if foreign := self._ranks.is_sharded and model.source != "encoder":
             host = Ranks(torch.device("cpu"))
             self._initial_sha256, before = self._load_initial_weights(host), self._small_gradients(host)
-        averages = self._ranks.divide(parts, with_averages=bool(optimizer.ema_decay))
+            orders = model_checks.call_orders(
+                parts, model, lambda n, batch: self._gradients(batch, Modes(), StepKey(seed, 0, n), host)
+            )
+        averages = self._ranks.divide(parts, with_averages=bool(optimizer.ema_decay), orders=orders)
         self.networks.to(self._device)
         groups = optimizers.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
         self.generator, self.critic = groups["generator"], groups.get("critic")
