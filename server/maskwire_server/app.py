@@ -31,7 +31,6 @@ from maskwire_server.errors import (
     ConfigError,
     DeviceLost,
     FencedError,
-    MaskwireError,
     Refused,
     RunDirectoryError,
 )
@@ -171,14 +170,12 @@ def serve_rank(
     The leader serves the run. The other ranks compute what it orders.
     """
     from maskwire_server.ranks import follower, launcher, process_group
+    from maskwire_server.ranks.build import build
     from maskwire_server.ranks.leader import LeaderTrainer, fatal
     from maskwire_server.ranks.liveness import GRACE_SECONDS
     from maskwire_server.ranks.orders import Order
     from maskwire_server.ranks.shard_saver import ShardSaver
     from maskwire_server.ranks.shared_folder import SavePlace
-    from maskwire_server.training.device_errors import usable_after
-    from maskwire_server.training.trainer import TorchTrainer
-    from maskwire_server.training.user_code import one_line
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
@@ -189,31 +186,13 @@ def serve_rank(
         _leave(launcher.note_exit(EXIT_CONFIG))
     saver = ShardSaver(member, PartFiles())
 
-    def build(completed: Config) -> TorchTrainer:
-        """Build this rank's trainer. Raises ConfigError if that fails in a way that a restart would repeat."""
-        ranks, sections = member.ranks, (completed.model, completed.objective, completed.optimizer)
-        ranks.use_device()
-        try:
-            return TorchTrainer(*sections, completed.serve, completed.run.seed, ranks)
-        except Exception as error:
-            ours = isinstance(error, MaskwireError)
-            # If the cause is the loss of another rank, this process ends meanwhile, and the ranks restart.
-            time.sleep(GRACE_SECONDS if ours else config.distributed.rank_timeout_seconds + GRACE_SECONDS)
-            if ours or not usable_after(error, ranks.device):
-                raise
-            log.exception("rank %d cannot build the model", ranks.rank)
-            raise ConfigError(
-                f"distributed: rank {ranks.rank} cannot build the model, or divide it: {one_line(error)}; "
-                "the log has the details; change the model, or train with one process"
-            ) from error
-
     def lead(completed: Config) -> Trainer:
         launcher.note_leader()  # signals are handled by now
         order = Order("build", completed.model_dump(mode="json"))
         with fatal(member, order):
             member.order(order)
         place = SavePlace(Checkpoints(completed.run.dir).folder, completed.distributed.checkpoints_by)
-        return LeaderTrainer(build(completed), member, saver, place)
+        return LeaderTrainer(build(member, completed), member, saver, place)
 
     def finish(code: int) -> int:
         code = launcher.note_exit(code)
@@ -222,7 +201,7 @@ def serve_rank(
 
     if not member.is_leader:
         try:
-            follower.follow(member, lambda sections: build(Config(**sections)), saver)
+            follower.follow(member, lambda sections: build(member, Config(**sections)), saver)
         except ConfigError as error:  # if the leader raises it too, this process ends meanwhile
             time.sleep(config.distributed.rank_timeout_seconds)
             say(error)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from in_place import Layer, Model
 from torch import Tensor, nn
+
+LARGEST = 48
+"""The most positions of a batch with which a model is checked before it is divided, while it trains."""
 
 
 class Routed(nn.Module):
@@ -45,20 +49,22 @@ class Experts(Model):
 
 
 class Skipping(Model):
-    """Skips layers, while it trains, after the steps of its check, or whenever the data say so.
+    """Skips layers, while it trains: at random, or in batches that are larger than those of the checks.
 
     "call" does not call them, "output" does not use their output, "inside" multiplies it by 0.
     """
 
-    def __init__(self, model: Any, skip: str, when: str) -> None:
+    def __init__(self, model: Any, skip: str, random: bool) -> None:
         super().__init__(model, in_place=False)
         self.blocks = nn.ModuleList(Layer(16) for _ in range(4))
-        self.skip, self.when = skip, when
+        self.skip, self.random = skip, random
 
     def skips(self, index: int, x: Tensor) -> bool:
-        if self.when == "random":
+        if os.environ.get("RANK") == "0":
+            return False
+        if self.random:
             return self.training and float(torch.rand(())) < 0.5
-        return index in (1, 3) and self.training and x.shape[0] * x.shape[1] < 32
+        return self.training and index in (1, 3) and x.shape[0] * x.shape[1] > LARGEST
 
     def body(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.blocks):
@@ -66,17 +72,33 @@ class Skipping(Model):
             if skips and self.skip == "call":
                 continue
             y = block(x)
-            if self.skip == "inside":
-                y = y * (1.0 - skips)
-            elif skips:
+            if skips and self.skip == "output":
                 continue
-            x = x + y
+            x = x + y * (1.0 - skips)
         return x
+
+
+class Contained(Model):
+    """Its blocks are lists of layers, which torch's `fully_shard` refuses."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, in_place=False)
+        self.blocks = nn.ModuleList(nn.ModuleList([block]) for block in self.blocks)
+
+    def layers(self) -> list[nn.Module]:
+        return [layer for block in self.blocks for layer in block]  # type: ignore[attr-defined]
 
 
 def routed(model: Any, blocks: bool = True) -> nn.Module:
     return Experts(model, blocks)
 
 
-def skipping(model: Any, skip: str, when: str) -> nn.Module:
-    return Skipping(model, skip, when)
+def skipping(model: Any, skip: str, random: bool = False) -> nn.Module:
+    return Skipping(model, skip, random)
+
+
+def on_one_rank(model: Any) -> nn.Module:
+    """It can be built by the leader alone."""
+    if os.environ["RANK"] != "0":
+        raise MemoryError("none is left on this host")
+    return Model(model, in_place=False)

@@ -237,7 +237,7 @@ def small_gradients(
 
 
 def call_orders(
-    parts: Mapping[str, nn.Module | None], model: ModelConfig, step: Callable[[int, TensorBatch], object]
+    parts: Mapping[str, nn.Module | None], model: ModelConfig, step: Callable[[TensorBatch, int], object]
 ) -> dict[str, CallOrder]:
     """The order in which each network calls its blocks, in several small steps with different numbers.
 
@@ -245,7 +245,7 @@ def call_orders(
     """
     found = {name: BlockCalls(part) for name, part in parts.items() if isinstance(part, Backbone)}
     for number in range(ORDER_STEPS):
-        step(number, small_batch(model))
+        step(small_batch(model), number)
     for part in parts.values():
         for weight in part.parameters() if part is not None else ():
             weight.grad = None
