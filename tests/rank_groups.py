@@ -53,9 +53,11 @@ class RankServer:
         self.target = f"unix:{socket}"
         words = [
             f"--run-dir={self.run_dir}", "--address=127.0.0.1:0", f"--set=serve.socket={socket}",
-            "--set=serve.threads=1", "--set=model.dim=32", "--set=model.depth=2", "--set=model.heads=2",
-            "--set=model.max_seq_len=64", *[f"--set={setting}" for setting in settings],
+            "--set=serve.threads=1", "--set=model.max_seq_len=64",
         ]  # fmt: skip
+        if "model.source=python" not in settings:
+            settings = ("model.dim=32", "model.depth=2", "model.heads=2", *settings)
+        words += [f"--set={setting}" for setting in settings]
         if ranks is not None:
             words.append(f"--ranks={ranks}")
         folder.mkdir(parents=True, exist_ok=True)

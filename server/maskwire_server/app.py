@@ -27,7 +27,13 @@ from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.engine.watchdog import Watchdog
 from maskwire_server.error_output import say
-from maskwire_server.errors import ConfigError, DeviceLost, FencedError, Refused, RunDirectoryError
+from maskwire_server.errors import (
+    ConfigError,
+    DeviceLost,
+    FencedError,
+    Refused,
+    RunDirectoryError,
+)
 from maskwire_server.exit_codes import (
     EXIT_CONFIG,
     EXIT_DEVICE,
@@ -164,12 +170,12 @@ def serve_rank(
     The leader serves the run. The other ranks compute what it orders.
     """
     from maskwire_server.ranks import follower, launcher, process_group
+    from maskwire_server.ranks.build import build
     from maskwire_server.ranks.leader import LeaderTrainer, fatal
     from maskwire_server.ranks.liveness import GRACE_SECONDS
     from maskwire_server.ranks.orders import Order
     from maskwire_server.ranks.shard_saver import ShardSaver
     from maskwire_server.ranks.shared_folder import SavePlace
-    from maskwire_server.training.trainer import TorchTrainer
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
@@ -180,25 +186,13 @@ def serve_rank(
         _leave(launcher.note_exit(EXIT_CONFIG))
     saver = ShardSaver(member, PartFiles())
 
-    def build(completed: Config) -> TorchTrainer:
-        ranks = member.ranks
-        ranks.use_device()
-        return TorchTrainer(
-            completed.model,
-            completed.objective,
-            completed.optimizer,
-            completed.serve,
-            completed.run.seed,
-            ranks,
-        )
-
     def lead(completed: Config) -> Trainer:
         launcher.note_leader()  # signals are handled by now
         order = Order("build", completed.model_dump(mode="json"))
         with fatal(member, order):
             member.order(order)
         place = SavePlace(Checkpoints(completed.run.dir).folder, completed.distributed.checkpoints_by)
-        return LeaderTrainer(build(completed), member, saver, place)
+        return LeaderTrainer(build(member, completed), member, saver, place)
 
     def finish(code: int) -> int:
         code = launcher.note_exit(code)
@@ -207,10 +201,11 @@ def serve_rank(
 
     if not member.is_leader:
         try:
-            follower.follow(member, lambda sections: build(Config(**sections)), saver)
-        except ConfigError as error:  # the leader raises it too, or ends because this rank is missing
+            follower.follow(member, lambda sections: build(member, Config(**sections)), saver)
+        except ConfigError as error:  # if the leader raises it too, this process ends meanwhile
             time.sleep(config.distributed.rank_timeout_seconds)
             say(error)
+            _leave(launcher.note_exit(EXIT_CONFIG))
         except Exception:
             time.sleep(GRACE_SECONDS)
             log.exception("rank %d failed", member.place.rank)

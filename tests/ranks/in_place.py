@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +30,19 @@ class Model(nn.Module):
         self.output = nn.Linear(16, model.num_tokens)
         self.in_place = in_place
 
+    def layers(self) -> Iterable[nn.Module]:
+        return self.blocks
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.layers():
+            out = block(x)
+            if self.in_place:
+                out += x
+            else:
+                out = out + x
+            x = out
+        return x
+
     def get_output_embeddings(self) -> nn.Module:
         return self.output
 
@@ -39,14 +53,7 @@ class Model(nn.Module):
         self, attention_mask: Tensor, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         x = self.ids(input_ids) if inputs_embeds is None else inputs_embeds
-        for block in self.blocks:
-            out = block(x)
-            if self.in_place:
-                out += x
-            else:
-                out = out + x
-            x = out
-        logits: Tensor = self.output(x)
+        logits: Tensor = self.output(self.body(x))
         return logits
 
 

@@ -253,6 +253,7 @@ class Comparison:
             trainer._host(self._batch(number)), modes, StepKey(3, 1, number), trainer._ranks
         )
         trainer._ranks.add(sums.sums)
+        trainer._ranks.agree(f"gradients of step {number}")
         norm = optimizers.clip(trainer._learners(modes), None, trainer._ranks)
         losses = [each or 0.0 for each in sums.read(norm)]
         found = {

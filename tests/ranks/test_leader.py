@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
-from maskwire_server.errors import StateLost
-from maskwire_server.ranks import leader
+from maskwire_server.config import load
+from maskwire_server.errors import ConfigError, StateLost
+from maskwire_server.ranks import build, launcher, leader
 from maskwire_server.ranks.follower import call
 from maskwire_server.ranks.leader import LeaderTrainer, carried_out
 from maskwire_server.ranks.orders import Order
@@ -98,6 +99,46 @@ def test_a_step_that_a_follower_cannot_decode_or_compute_ends_its_process() -> N
         with pytest.raises(StateLost, match=rf"rank 0 failed in train_step: {words}"):
             carried_out(fake, order, call(fake, fake, fake, order))
     assert fake.agreed == []
+
+
+def test_a_model_that_one_rank_refuses_in_a_step_ends_the_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(launcher.FOLDER, str(tmp_path))
+    fake: Any = Fake("train_step", RuntimeError("Connection closed by peer"))
+    with pytest.raises(StateLost):
+        CALLS["train_step"](leading(fake))
+    assert not (tmp_path / "exit-code").exists(), "a restart may help"
+    fake = Fake("train_step", ConfigError("a pass called block 2 instead of block 1"))
+    with pytest.raises(StateLost, match="block 2 instead of block 1"):
+        CALLS["train_step"](leading(fake))
+    assert (tmp_path / "exit-code").read_text() == "2"
+
+
+ERRORS: dict[str, tuple[Exception, type[Exception]]] = {
+    "of torch": (ValueError("fully_shard does not support containers"), ConfigError),
+    "of the memory": (MemoryError("none left"), ConfigError),
+    "of maskwire": (StateLost("half-way"), StateLost),
+    "of the device": (RuntimeError("the device is lost"), RuntimeError),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_in_building_a_trainer_is_retried_only_if_that_may_help(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, expected = ERRORS[name]
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(build, "TorchTrainer", fails)
+    monkeypatch.setattr(build, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(build.device_errors, "usable_after", lambda error, _: "device" not in str(error))
+    member: Any = SimpleNamespace(ranks=SimpleNamespace(use_device=lambda: None, device=None, rank=1))
+    config = load(None, distributed={"rank_timeout_seconds": 0.001})
+    with pytest.raises(expected, match=str(error)):
+        build.build(member, config)
 
 
 def test_a_refusal_of_all_ranks_is_a_refusal() -> None:

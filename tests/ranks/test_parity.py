@@ -49,10 +49,15 @@ SAMPLE = {
     ("critic alone", 1),
 }
 """What `make test` runs of it."""
-FACTORY: dict[str, Any] = {
-    "source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
-    "python": {"factory": "in_place:build"},
-}  # fmt: skip
+
+
+def factory(name: str, **options: Any) -> dict[str, Any]:
+    return {
+        "source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
+        "python": {"factory": name, "options": options},
+    }  # fmt: skip
+
+
 ADAPTED: dict[str, Any] = {
     "source": "huggingface", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
     "lora": {"rank": 2},
@@ -95,9 +100,12 @@ OTHERS: dict[str, Any] = {
     "one row": {**TOKEN, "rows": 1},
     "prompts alone": {**TOKEN, "rows": 1, "prompts": 1.0},
     "x-transformers": {**TOKEN, "model": MODERN},
-    "of a factory": {"replicate": 1, "model": FACTORY},
     "frozen": {"replicate": 1, "loaded_after": 0, "optimizer": FROZEN},
     "frozen, trained before": {"replicate": 1, "loaded_after": 1, "optimizer": FROZEN},
+    "of a factory": {"replicate": 1, "model": factory("in_place:build")},
+    "experts": {"replicate": 1, "model": factory("control_flow:routed")},
+    "experts, one row": {"replicate": 1, "rows": 1, "model": factory("control_flow:routed")},
+    "experts outside blocks": {"replicate": 2, "model": factory("control_flow:routed", blocks=False)},
 }
 MISTAKES: dict[str, Any] = {
     "null embedding as an input": NULL,
@@ -110,12 +118,36 @@ MISTAKES: dict[str, Any] = {
 }
 AGREEMENT = {"replicate": 1, "disagree": True}
 
+REFUSED = {
+    "in place": (
+        factory("in_place:build", in_place=True),
+        "a model that is divided among ranks must not change the outputs of its layers in place",
+    ),
+    "calls at random": (
+        factory("control_flow:skipping", skip="call", random=True),
+        "distributed: one pass called the blocks [1, 3], another [2]; every pass of a model that is divided",
+    ),
+    "outputs at random": (
+        factory("control_flow:skipping", skip="output", random=True),
+        "distributed: one backward pass used the outputs of the blocks [3, 1], another those of [2]; every",
+    ),
+    "other calls": (
+        factory("control_flow:skipping", skip="call"),
+        "distributed: a pass called block 2 instead of block 1; every pass of a model that is divided",
+    ),
+    "other outputs": (
+        factory("control_flow:skipping", skip="output"),
+        "distributed: a pass began the backward pass of block 2 instead of block 3; every pass of a model",
+    ),
+}
+"""Models, and what all ranks say. The last two deviate in a step, on all ranks alike, so that none waits."""
+INSIDE = factory("control_flow:skipping", skip="inside", random=True)
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one group of two ranks found; starting a group takes longer than all that it does."""
     pytest.importorskip("x_transformers", reason="needs the extra x-transformers")
-    in_place = {**FACTORY, "python": {**FACTORY["python"], "options": {"in_place": True}}}
     again = {"replicate": 1, **OBJECTIVES["self critic"], "steps": 2, "saved": True}
     return compare(
         tmp_path_factory.mktemp("ranks"), 2, STEPS,
@@ -124,7 +156,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             **{f"{bug}!": {"steps": 2, **mistake, "bug": bug} for bug, mistake in MISTAKES.items()},
             "diverged": {"replicate": 2, "diverged": True},
             "agreement": AGREEMENT, "no agreement": {**AGREEMENT, "bug": "no agreement"},
-            "in place": {"replicate": 1, "refused": True, "model": in_place},
+            **{
+                name: {"replicate": 1, "refused": True, "model": model}
+                for name, (model, _) in [*REFUSED.items(), ("inside", (INSIDE, ""))]
+            },
         },
     )  # fmt: skip
 
@@ -164,9 +199,14 @@ def test_copies_of_the_model_that_differ_notice_it(found: dict[str, Any]) -> Non
     assert "have different weights, but hold the same part of the model" in found["diverged"]["error"]
 
 
-def test_a_model_that_cannot_be_divided_is_refused(found: dict[str, Any]) -> None:
-    refusal = found["in place"]["error"]
-    assert "a model that is divided among ranks must not change the outputs of its layers in place" in refusal
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_divided_is_refused(name: str, found: dict[str, Any]) -> None:
+    assert REFUSED[name][1] in found[name]["error"]
+
+
+def test_a_model_that_skips_layers_inside_its_blocks_can_be_divided(found: dict[str, Any]) -> None:
+    assert not found["inside"]["error"]
+    assert "result" in found["inside"]["worst"]
 
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`: it imports transformers in each rank")

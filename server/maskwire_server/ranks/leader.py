@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from maskwire.v1.values import ModelInfo
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
-from maskwire_server.errors import StateLost
+from maskwire_server.error_output import say
+from maskwire_server.errors import ConfigError, StateLost
+from maskwire_server.exit_codes import EXIT_CONFIG
 from maskwire_server.ranks import shared_folder
-from maskwire_server.ranks.launcher import note_loss
+from maskwire_server.ranks.launcher import note_exit, note_loss
 from maskwire_server.ranks.liveness import GRACE_SECONDS
 from maskwire_server.ranks.orders import Order
 from maskwire_server.ranks.process_group import Member
@@ -181,4 +183,7 @@ def fatal(member: Member, order: Order) -> Iterator[None]:
         what = f"rank {member.place.rank} failed in {order.name}: {error}"
         time.sleep(GRACE_SECONDS)
         note_loss(what)
+        if isinstance(error, ConfigError):  # the model's, which a restart would repeat
+            say(error)
+            note_exit(EXIT_CONFIG)
         raise StateLost(what) from error

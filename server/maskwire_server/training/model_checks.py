@@ -7,18 +7,20 @@ must change nothing. A row must not depend on its padding or on other rows.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.training import draws, module_state
+from maskwire_server.training.block_calls import BlockCalls, CallOrder
 from maskwire_server.training.corruption import Vocabulary, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.models import sources
+from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.ranks_interface import whole
 from maskwire_server.training.tensor_batch import TensorBatch
@@ -29,6 +31,9 @@ SHORT = 16
 DIVIDED_TOLERANCE = 0.1
 """Largest norm of the difference between two gradients of a tensor, relative to the norm of the first.
 Another device or precision causes a smaller difference, a wrong gradient a larger one."""
+ORDER_STEPS = 16
+"""The steps in which a block that is skipped at random is looked for. One that is skipped in less than a
+third of the passes may be found later, by the checks of each pass."""
 TOLERANCE = 1e-3
 """Largest difference between a row's embeddings alone and in a batch, relative to the largest of them."""
 
@@ -229,6 +234,24 @@ def small_gradients(
     found = _gradients(networks, step, small_batch(model))
     networks.train()
     return {name: whole(gradient).cpu() for name, gradient in found.items()}
+
+
+def call_orders(
+    parts: Mapping[str, nn.Module | None], model: ModelConfig, step: Callable[[TensorBatch, int], object]
+) -> dict[str, CallOrder]:
+    """The order in which each network calls its blocks, in several small steps with different numbers.
+
+    Raises ConfigError if a pass differs, for example because it skips a block at random.
+    """
+    found = {name: BlockCalls(part) for name, part in parts.items() if isinstance(part, Backbone)}
+    for number in range(ORDER_STEPS):
+        step(small_batch(model), number)
+    for part in parts.values():
+        for weight in part.parameters() if part is not None else ():
+            weight.grad = None
+    for calls in found.values():
+        calls.remove()
+    return {name: calls.order() for name, calls in found.items()}
 
 
 def check_divided(before: dict[str, Tensor], step: Callable[[], dict[str, Tensor]]) -> None:

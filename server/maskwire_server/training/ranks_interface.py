@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskwire_server.training.block_calls import CallOrder
 from maskwire_server.training.micro_batch_split import Part, split, split_by_length
 from maskwire_server.training.shards import Piece
 
@@ -37,14 +38,19 @@ class Ranks:
         return {"world_size": "1"}
 
     def divide(
-        self, networks: Mapping[str, nn.Module | None], *, with_averages: bool
+        self,
+        networks: Mapping[str, nn.Module | None],
+        *,
+        with_averages: bool,
+        orders: Mapping[str, CallOrder] | None = None,
     ) -> dict[str, nn.Module]:
         """Divide the weights of networks among the ranks, and move this rank's part to its device.
 
         Returns copies of the networks for the moving averages, by name, divided in the same way. A single
-        process divides nothing and returns no copies: `optimizers.Group` then makes them.
+        process divides nothing and returns no copies: `optimizers.Group` then makes them. `orders` are those
+        in which the networks must call their blocks.
         """
-        del networks, with_averages
+        del networks, with_averages, orders
         return {}
 
     def release(self, module: nn.Module) -> None:
@@ -59,6 +65,9 @@ class Ranks:
         if smallest is None:
             return list(split(lengths, budget))
         return list(split_by_length(lengths, range(len(lengths)), budget, smallest))
+
+    def begin_empty_part(self) -> None:
+        """Called before each empty part, whose gradients are 0. A single process has none."""
 
     def add(self, sums: Tensor) -> Tensor:
         """Add up a tensor over all ranks, and return the sum."""
@@ -89,6 +98,7 @@ class Ranks:
         """Raise StateLost unless all ranks have the same results of a step, and all copies the same weights.
 
         `facts` is the text of the results. `weights` are tensors that are divided among the ranks of a copy.
+        Deletes the gradients of weights that no rank used.
         """
 
 

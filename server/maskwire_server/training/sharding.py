@@ -28,10 +28,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.training import weight_partition
+from maskwire_server.training.block_calls import BlockCalls, CallOrder
 from maskwire_server.training.micro_batch_split import Part, split, split_by_length
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.ranks_interface import Ranks, own_part
 from maskwire_server.training.shards import Piece
+from maskwire_server.training.unused_weights import UnusedWeights
 
 _RESTART = "all ranks restart and recover the run from its journal, and no acknowledged step is lost"
 
@@ -65,6 +67,7 @@ class ManyRanks(Ranks):
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._history = b""
+        self._unused = UnusedWeights()
 
     def use_device(self) -> None:
         """Make this rank's device the default of the calling thread, as NCCL requires."""
@@ -88,16 +91,28 @@ class ManyRanks(Ranks):
         self._history = hashlib.sha256(self._history + order).digest()
 
     def divide(
-        self, networks: Mapping[str, nn.Module | None], *, with_averages: bool
+        self,
+        networks: Mapping[str, nn.Module | None],
+        *,
+        with_averages: bool,
+        orders: Mapping[str, CallOrder] | None = None,
     ) -> dict[str, nn.Module]:
         """Divide the networks and their copies for moving averages among the ranks. Returns the copies.
 
-        Raises ConfigError if a network cannot be divided.
+        From now on, a pass that calls a network's blocks in another order than in `orders` raises
+        ConfigError. Raises ConfigError if a network cannot be divided.
         """
         modules = {name: module for name, module in networks.items() if module is not None}
         averages = {name: copy.deepcopy(module) for name, module in modules.items()} if with_averages else {}
         for module in (*modules.values(), *averages.values()):
             self._shard(module)
+        for name, module in modules.items():
+            check = None
+            if orders and name in orders and isinstance(module, Backbone):
+                check = BlockCalls(module, orders[name]).check_complete
+            for unit in _sharded(module):  # the first is the network itself
+                self._unused.watch(unit, check)
+                check = None
         return {name: module.eval().requires_grad_(False) for name, module in averages.items()}
 
     def _shard(self, module: nn.Module) -> None:
@@ -123,6 +138,7 @@ class ManyRanks(Ranks):
         """
         for each in _sharded(module):
             each.reshard()
+        self._unused.forget()
 
     def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
         """This rank's parts of a logical batch.
@@ -146,6 +162,10 @@ class ManyRanks(Ranks):
             ]
         own: list[Part | None] = list(of_ranks[self.rank])
         return own + [None] * (max(map(len, of_ranks)) - len(own))
+
+    def begin_empty_part(self) -> None:
+        """Count no weight as used until `release`. Empty parts come last."""
+        self._unused.pause()
 
     def add(self, sums: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place, and return it."""
@@ -185,32 +205,36 @@ class ManyRanks(Ranks):
 
     def which(self, flag: bool) -> list[int]:
         """The ranks on which `flag` is True. Every rank must call this."""
-        found = [torch.zeros(1, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(found, torch.tensor([flag], dtype=torch.uint8), group=self._control)
-        return [rank for rank, each in enumerate(found) if int(each)]
+        return [rank for rank, found in enumerate(self._gather(bytes([flag]))) if found[0]]
 
     def agree(self, facts: str, weights: Sequence[Tensor] = ()) -> None:
         """Raise StateLost if ranks have other `facts` or orders, or if copies have other `weights`.
 
         The facts are sums over all ranks, which would not show that one copy of the model has other weights.
+        Deletes the gradients of weights that no rank used, as one process has none.
         """
         own = hashlib.sha256(self._history + facts.encode()).digest()
-        sent = own + _checksum(weights if self.replicate > 1 else ()).to_bytes(8, "little", signed=True)
-        received = [torch.empty(len(sent), dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(received, torch.frombuffer(bytearray(sent), dtype=torch.uint8), group=self._control)
-        found = [each.numpy().tobytes() for each in received]
-        if other := [rank for rank, each in enumerate(found) if each[: len(own)] != own]:
+        checksum = _checksum(weights if self.replicate > 1 else ()).to_bytes(8, "little", signed=True)
+        found = self._gather(own + checksum + self._unused.used)
+        if other := [rank for rank, each in enumerate(found) if each[:32] != own]:
             raise StateLost(
                 f"rank {self.rank} has the result {facts!r}, but ranks {other} have another result or "
                 f"executed other orders; {_RESTART}"
             )
         shard = self.size // self.replicate
         with_same_part = range(self.rank % shard, self.size, shard)
-        if other := [rank for rank in with_same_part if found[rank] != sent]:
+        if other := [rank for rank in with_same_part if found[rank][32:40] != checksum]:
             raise StateLost(
                 f"rank {self.rank} and ranks {other} have different weights, but hold the same part of the "
                 f"model; {_RESTART}"
             )
+        self._unused.delete([each[40:] for each in found])
+
+    def _gather(self, own: bytes) -> list[bytes]:
+        """The bytes of every rank, by rank. All ranks must pass equally many."""
+        found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
+        return [each.numpy().tobytes() for each in found]
 
 
 def _checksum(weights: Sequence[Tensor]) -> int:

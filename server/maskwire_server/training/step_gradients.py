@@ -74,6 +74,8 @@ def accumulate(
     cached = not ranks.is_sharded
     with _seeded(at, ranks, device, draws_of_torch=settings.has_dropout):
         for part in parts:
+            if part is None:
+                ranks.begin_empty_part()
             row_b = [0] if part is None else part[0]  # an empty part stands for no sequence
             own = empty_part(device) if part is None else masking.corrupt(row_b, *there.take(*part))
             keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=row_b)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from maskwire_server.training import (
     snapshot,
 )
 from maskwire_server.training.batch_losses import BatchLosses
+from maskwire_server.training.block_calls import CallOrder
 from maskwire_server.training.corruption import StepKey, Vocabulary
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.gathered import Gathered
@@ -88,10 +90,12 @@ class TorchTrainer:
             self.networks = Networks(model, objective)  # on the CPU: the same weights for every device
         self.networks.checkpoint_activations(serve.activation_checkpointing)
         parts = {"generator": self.networks.generator, "critic": self.networks.critic}
+        orders: dict[str, CallOrder] = {}
         if foreign := self._ranks.is_sharded and model.source != "encoder":
             host = Ranks(torch.device("cpu"))
             self._initial_sha256, before = self._load_initial_weights(host), self._small_gradients(host)
-        averages = self._ranks.divide(parts, with_averages=bool(optimizer.ema_decay))
+            orders = model_checks.call_orders(parts, model, partial(self._trial, host))
+        averages = self._ranks.divide(parts, with_averages=bool(optimizer.ema_decay), orders=orders)
         self.networks.to(self._device)
         groups = optimizers.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
         self.generator, self.critic = groups["generator"], groups.get("critic")
@@ -174,19 +178,16 @@ class TorchTrainer:
     def _load_initial_weights(self, ranks: Ranks) -> str:
         """Load the initial weights, but not the averages, check the model, and return the SHA-256."""
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
-        at, networks = StepKey(self._seed, 0, 0), self.networks
-        return model_checks.begin(
-            networks, self._model, lambda batch: self._gradients(batch, Modes(), at, ranks), exact=exact
-        )
+        return model_checks.begin(self.networks, self._model, partial(self._trial, ranks), exact=exact)
 
     def _small_gradients(self, ranks: Ranks) -> dict[str, Tensor]:
-        at, networks = StepKey(self._seed, 0, 0), self.networks
-        found = model_checks.small_gradients(
-            networks, self._model, lambda batch: self._gradients(batch, Modes(), at, ranks)
-        )
-        for network in networks.children():
+        found = model_checks.small_gradients(self.networks, self._model, partial(self._trial, ranks))
+        for network in self.networks.children():
             ranks.release(network)
         return found
+
+    def _trial(self, ranks: Ranks, batch: TensorBatch, number: int = 0) -> BatchLosses:
+        return self._gradients(batch, Modes(), StepKey(self._seed, 0, number), ranks)
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""

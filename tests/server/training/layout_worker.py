@@ -57,6 +57,29 @@ class WithScalar(WithoutBlocks):
         return self.output(self.ids(input_ids) * self.scale)
 
 
+class Sharing(WithoutBlocks):
+    """The same with blocks: `share` names what two of them, or a block and the rest, have in common."""
+
+    def __init__(self, model: ModelConfig, share: str) -> None:
+        super().__init__(model)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        if share == "block":
+            self.blocks[2] = self.blocks[0]
+        elif share == "weight":
+            self.blocks[2][0].weight = self.blocks[1][0].weight
+        elif share == "layer":
+            self.last = self.blocks[1][0]
+        else:
+            self.output.weight = self.ids.weight
+            self.blocks[1][1] = self.blocks[0][1]  # it has no weights
+
+    def forward(self, attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+        x = self.ids(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.output(x)
+
+
 def numbers(tensors: Any) -> int:
     return sum(own_part(tensor).numel() for tensor in tensors)
 

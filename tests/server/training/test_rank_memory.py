@@ -27,6 +27,12 @@ ENCODER = {"num_tokens": 11, "mask_id": 10, "max_seq_len": 6, "dim": 4, "depth":
 OF_FACTORY = {"num_tokens": 11, "mask_id": 10, "max_seq_len": 6, "source": "python"}
 WITHOUT_BLOCKS = {**OF_FACTORY, "python": {"factory": "layout_worker:WithoutBlocks"}}
 WITH_SCALAR = {**OF_FACTORY, "python": {"factory": "layout_worker:WithScalar"}}
+
+
+def sharing(what: str) -> dict[str, Any]:
+    return {**OF_FACTORY, "python": {"factory": "layout_worker:Sharing", "options": {"share": what}}}
+
+
 CPU = {"device": "cpu", "threads": 1}
 FROZEN = [{"match": "generator.blocks.0.*", "train": False}]
 
@@ -49,6 +55,7 @@ DIVIDED: dict[str, dict[str, Any]] = {
     "no blocks, replicas": {
         "model": WITHOUT_BLOCKS, "replicate": RANKS,
     },
+    "embeddings that are shared outside the blocks": {"model": sharing("embeddings")},
 }  # fmt: skip
 REFUSED: dict[str, dict[str, Any]] = {
     "no blocks": {"model": WITHOUT_BLOCKS},
@@ -56,6 +63,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "model": WITH_SCALAR,
         "replicate": RANKS,
     },
+    **{what: {"model": sharing(what)} for what in ("block", "weight", "layer")},
 }
 CASES = {name: {"replicate": 1, "serve": CPU, **case} for name, case in {**DIVIDED, **REFUSED}.items()}
 
@@ -122,7 +130,19 @@ def test_each_rank_holds_exactly_the_predicted_numbers(name: str, measured: list
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no blocks", r"without `blocks` \(a list of its layers\) can only be replicated"), ("scalar", "scale")],
+    [
+        ("no blocks", r"without `blocks` \(a list of its layers\) can only be replicated"),
+        ("scalar", "scale"),
+        ("block", "blocks 0 and 2 are the same module"),
+        (
+            "weight",
+            r"blocks\.2\.0\.weight of block 2 is also the weight model\.blocks\.1\.0\.weight of block 1",
+        ),
+        (
+            "layer",
+            r"last\.weight of a layer outside the blocks is also the .*blocks\.1\.0\.weight of block 1",
+        ),
+    ],
 )
 def test_a_model_that_cannot_be_divided_is_refused_by_every_rank_and_by_check(
     name: str, words: str, measured: list[dict[str, Any]]
@@ -141,9 +161,17 @@ def test_check_offers_only_replicas_to_a_model_without_blocks() -> None:
     assert lines[-1].startswith("recommended     --set distributed.replicate=4 --set distributed.shard=1")
 
 
-def test_check_refuses_a_scalar_weight() -> None:
-    with pytest.raises(ConfigError, match=r"the weight model\.scale is a scalar"):
-        report(Machines(2), model=REFUSED["scalar"]["model"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("scalar", r"the weight model\.scale is a scalar"),
+        ("block", "are the same module"),
+        ("weight", "is also"),
+    ],
+)
+def test_check_refuses_what_no_layout_can_divide(name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        report(Machines(2), model=REFUSED[name]["model"])
 
 
 def test_ranks_on_a_cpu_must_all_build_the_model_before_it_is_divided(
