@@ -1,4 +1,4 @@
-"""Models that a user might bring: one changes the outputs of its layers in place."""
+"""Models that a user might bring: one changes the outputs of its layers in place, one shows no blocks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """A stack of layers."""
 
-    def __init__(self, model: Any, in_place: bool) -> None:
+    def __init__(self, model: Any, in_place: bool, name: str) -> None:
         super().__init__()
         self.ids = nn.Embedding(model.num_tokens, 16)
-        self.blocks = nn.ModuleList(Layer(16) for _ in range(2))
+        self.layers_name = name
+        setattr(self, name, nn.ModuleList(Layer(16) for _ in range(2)))
         self.output = nn.Linear(16, model.num_tokens)
         self.in_place = in_place
 
@@ -39,7 +40,7 @@ class Model(nn.Module):
         self, attention_mask: Tensor, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
     ) -> Tensor:
         x = self.ids(input_ids) if inputs_embeds is None else inputs_embeds
-        for block in self.blocks:
+        for block in getattr(self, self.layers_name):
             out = block(x)
             if self.in_place:
                 out += x
@@ -50,5 +51,5 @@ class Model(nn.Module):
         return logits
 
 
-def build(model: Any, in_place: bool = False) -> nn.Module:
-    return Model(model, in_place)
+def build(model: Any, in_place: bool = False, layers: str = "blocks") -> nn.Module:
+    return Model(model, in_place, layers)

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.results import EvalOptions
 from maskwire_server.training import checkpoint_tensors, objective, optimizers, snapshot
 from maskwire_server.training.corruption import StepKey
 from maskwire_server.training.models.backbone import Backbone
@@ -174,6 +175,21 @@ class Comparison:
         samples.take()
         self.worst: dict[str, float] = {}
         self.wrong: list[str] = []
+        if scenario.get("loaded"):
+            self._load()
+
+    def _load(self) -> None:
+        """Have the divided trainer load what the whole one saved, of which no weight is an initial one."""
+        with torch.no_grad():
+            for group in self.alone._groups().values():
+                for weight in [*group.weights, *group.frozen.values(), *group.averages().values()]:
+                    weight.mul_(1.5)
+        with shared_folder() as folder:
+            saved = None
+            if self.ranks.is_leader:
+                self.alone.snapshot().write(folder)
+                saved = self.divided.read(folder)
+            self.divided.receive(saved)
 
     def step(self, number: int) -> None:
         """Compare one step, and train both."""
@@ -204,6 +220,21 @@ class Comparison:
                 self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach())
         if self._scenario.get("ahead"):  # the state changes while the divided one holds gathered weights
             self.alone.train_step(2, number, self._batch(number), Modes())
+            self._samples.take()
+
+    def evaluate(self, number: int) -> None:
+        """Compare the evaluations with the averages and with the weights, and all tensors of the averages."""
+        copy_state(self.alone, self.divided)
+        given = dict(self.alone._averaged.named_parameters())
+        for name, tensor in self.divided._averaged.named_parameters():
+            self._note(f"average of {name}", whole(tensor.detach()), given[name].detach())
+        given_batch = self._batch(number)
+        for raw in (False, True):
+            self.divided.gather(averaged=not raw)
+            if self.ranks.is_leader:
+                options = EvalOptions(tuple(range(given_batch.rows)), raw_weights=raw)
+                both = (each.eval_loss(given_batch, options) for each in (self.divided, self.alone))
+                self._note(f"evaluation, raw {raw}", *(torch.tensor(each.losses.loss) for each in both))
             self._samples.take()
 
     def save(self, folder: Path) -> None:
@@ -272,6 +303,8 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
             both = Comparison(scenario, samples)
             for number in range(1, steps + 1):
                 both.step(number)
+            if not {"bug", "disagree"} & scenario.keys() and scenario.get("prompts") != 1.0:
+                both.evaluate(steps)
         except Exception as raised:
             if not {"bug", "disagree", "refused"} & scenario.keys():
                 raise

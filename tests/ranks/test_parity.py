@@ -64,6 +64,28 @@ LAYOUTS = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
 """The copies of the model, by the number of ranks; the ranks of each share one."""
 
 
+TOKEN: dict[str, Any] = {"objective": {"self_cond": True, "critic": "token"}}
+UNDIVIDED = {**FACTORY, "python": {**FACTORY["python"], "options": {"layers": "layers"}}}
+FROZEN = {"groups": [{"match": f"generator.{part}.*", "train": False} for part in ("token_emb", "blocks.0")]}
+MODELS: dict[str, Any] = {
+    "x-transformers": {**TOKEN, "model": MODERN},
+    "of a factory": {"model": FACTORY},
+    "without blocks": {"model": UNDIVIDED},
+    "frozen weights": {"objective": SELF_CRITIC, "optimizer": FROZEN, "saved": True},
+    "frozen weights, loaded": {"objective": SELF_CRITIC, "optimizer": FROZEN, "loaded": True},
+}
+
+
+def models(size: int) -> dict[str, Any]:
+    """Other models than the built-in one, and weights that are not trained."""
+    return {
+        f"{name}, {replicate} x {size // replicate}": {"replicate": replicate, **scenario}
+        for replicate in LAYOUTS[size]
+        for name, scenario in MODELS.items()
+        if (name == "without blocks") <= (replicate == size) and (STEPS > 1 or replicate in (1, size))
+    }
+
+
 def scenarios(size: int) -> dict[str, Any]:
     return {
         f"{name}, {replicate} x {size // replicate}": {"replicate": replicate, **scenario}
@@ -89,12 +111,10 @@ def check(found: dict[str, Any]) -> None:
 
 CRITIC_ALONE = {"replicate": 1, **OBJECTIVES["critic alone"]}
 NULL = {"replicate": 1, **OBJECTIVES["null embedding"]}
-TOKEN = {"replicate": 1, "objective": {"self_cond": True, "critic": "token"}}
 OTHERS: dict[str, Any] = {
-    "one row": {**TOKEN, "rows": 1},
-    "prompts alone": {**TOKEN, "rows": 1, "prompts": 1.0},
-    "x-transformers": {**TOKEN, "model": MODERN},
-    "of a factory": {"replicate": 1, "model": FACTORY},
+    "one row": {"replicate": 1, **TOKEN, "rows": 1},
+    "prompts alone": {"replicate": 1, **TOKEN, "rows": 1, "prompts": 1.0},
+    **models(2),
 }
 MISTAKES: dict[str, Any] = {
     "null embedding as an input": NULL,
@@ -137,7 +157,7 @@ def test_a_single_rank_computes_in_bf16_what_a_process_without_ranks_computes(tm
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`")
 @pytest.mark.parametrize("size", [3, 4])
 def test_more_ranks_compute_what_one_process_computes(size: int, tmp_path: Path) -> None:
-    check(compare(tmp_path, size, STEPS, scenarios(size)))
+    check(compare(tmp_path, size, STEPS, scenarios(size) | models(size)))
 
 
 def test_the_same_layout_gives_the_same_bits_again(found: dict[str, Any]) -> None:
