@@ -32,6 +32,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from maskwire_server.results import EvalOptions
 from maskwire_server.training import checkpoint_tensors, objective, optimizers, snapshot
 from maskwire_server.training.corruption import StepKey
+from maskwire_server.training.models import sources
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.ranks_interface import Ranks, assign, whole
@@ -325,12 +326,8 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
 
 
 def snapshot_hash(state: snapshot.Snapshot) -> str:
-    from maskwire_server.training.models import sources
-
-    every = (
-        (f"{file}/{name}", each) for file, tensors in state.files.items() for name, each in tensors.items()
-    )
-    return sources.sha256(dict(every))
+    files = state.files.items()
+    return sources.sha256({f"{file}/{name}": each for file, named in files for name, each in named.items()})
 
 
 def main() -> None:

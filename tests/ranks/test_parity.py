@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,11 @@ def test_a_single_rank_computes_in_bf16_what_a_process_without_ranks_computes(tm
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`")
 @pytest.mark.parametrize("size", [3, 4])
-def test_more_ranks_compute_what_one_process_computes(size: int, tmp_path: Path) -> None:
-    check(compare(tmp_path, size, STEPS, scenarios(size) | models(size)))
+@pytest.mark.parametrize("chosen", [scenarios, models])
+def test_more_ranks_compute_what_one_process_computes(
+    size: int, chosen: Callable[[int], dict[str, Any]], tmp_path: Path
+) -> None:
+    check(compare(tmp_path, size, STEPS, chosen(size)))
 
 
 def test_the_same_layout_gives_the_same_bits_again(found: dict[str, Any]) -> None:
