@@ -80,7 +80,8 @@ def test_one_rank_under_the_launcher_gives_the_bits_of_a_plain_server(
     assert found == expected
     assert launched.stop() == 0
     assert plain.stop() == 0
-    assert not list(temporary.iterdir()), "a folder of torch's launcher or of ours is left"
+    left = {path.name for path in temporary.iterdir()}
+    assert not {name for name in left if not name.startswith("torchinductor_")}, "all but a cache is deleted"
 
 
 SETTINGS = ("objective.self_cond=true", "distributed.rank_timeout_seconds=2")
