@@ -16,6 +16,8 @@ def _arm() -> None:
     rank, name, count, kind, marker = os.environ["MASKWIRE_TEST_FAULT"].split(":")
     if os.environ.get("RANK") != rank:
         return
+    if name.startswith("recovery.") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        return  # the first start has nothing to recover
     from maskwire_server import failpoints
 
     left = int(count)
