@@ -82,7 +82,7 @@ def idle(folder: Path, patch: str = "short_timeouts") -> dict[str, Any]:
     before, after = ({rank: process.pid for rank, process in each.items()} for each in processes)
     assert len(before) == SIZE
     assert after == before, (
-        f"the ranks {before} are {after} after {IDLE_SECONDS:g} s: {server.log.read_text()}"
+        f"the ranks {before} are {after} after {IDLE_SECONDS:g} s: {server.log.read_text()[-2000:]}"
     )
     assert found == expected, f"{found} instead of {expected}"
     return {"idle": IDLE_SECONDS, "limits": SHORT}
