@@ -45,9 +45,12 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
 class RankServer:
     """`maskwire-server serve --ranks N` as a user starts it, found by a Unix socket that restarts keep."""
 
-    def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "",
+    def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "", patch: str = "",
                  prefix: Sequence[str] = (), flags: Sequence[str] = ()) -> None:  # fmt: skip
-        """Without `ranks`: one process, forked. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
+        """Without `ranks`: one process, forked. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`.
+
+        `patch` is a function of `ranks/site/rank_patches.py` that each rank calls first.
+        """
         self.folder, self.run_dir, self.log = folder, folder / "run", folder / "log"
         socket = folder / "s"
         self.target = f"unix:{socket}"
@@ -65,6 +68,9 @@ class RankServer:
         self.fired = folder / "fired"
         if fault:
             environment["MASKWIRE_TEST_FAULT"] = f"{fault}:{self.fired}"
+        if patch:
+            environment["MASKWIRE_TEST_PATCH"] = patch
+        if fault or patch:
             environment["PYTHONPATH"] = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
         with self.log.open("w") as log:
             process = fork_server.Process if ranks is None else subprocess.Popen
@@ -84,6 +90,10 @@ class RankServer:
                 if "maskwire_server" in child.cmdline() and "RANK" in child.environ():
                     found[int(child.environ()["RANK"])] = child
         return found
+
+    def restarts(self) -> int:
+        """How often torch's launcher has restarted the ranks that run now."""
+        return int(self.ranks()[0].environ()["TORCHELASTIC_RESTART_COUNT"])
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""

@@ -1,4 +1,4 @@
-"""Models that a user might bring: one changes the outputs of its layers in place."""
+"""Models that a user might bring: one changes the outputs of its layers in place, one shows no blocks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """A stack of layers."""
 
-    def __init__(self, model: Any, in_place: bool) -> None:
+    def __init__(self, model: Any, in_place: bool, name: str) -> None:
         super().__init__()
         self.ids = nn.Embedding(model.num_tokens, 16)
-        self.blocks = nn.ModuleList(Layer(16) for _ in range(2))
+        self.layers_name = name
+        setattr(self, name, nn.ModuleList(Layer(16) for _ in range(2)))
         self.output = nn.Linear(16, model.num_tokens)
         self.in_place = in_place
 
     def layers(self) -> Iterable[nn.Module]:
-        return self.blocks
+        found: Iterable[nn.Module] = getattr(self, self.layers_name)
+        return found
 
     def body(self, x: Tensor) -> Tensor:
         for block in self.layers():
@@ -57,5 +59,5 @@ class Model(nn.Module):
         return logits
 
 
-def build(model: Any, in_place: bool = False) -> nn.Module:
-    return Model(model, in_place)
+def build(model: Any, in_place: bool = False, layers: str = "blocks") -> nn.Module:
+    return Model(model, in_place, layers)

@@ -29,8 +29,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.results import EvalOptions
 from maskwire_server.training import checkpoint_tensors, objective, optimizers, snapshot
 from maskwire_server.training.corruption import StepKey
+from maskwire_server.training.models import sources
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.ranks_interface import Ranks, assign, own_part, whole
@@ -220,13 +222,23 @@ class Comparison:
         for file, tensors in snapshot.live_tensors(self.divided._groups()).items():
             for name, tensor in tensors.items():
                 self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach())
-        averages = [each._averaged for each in (self.divided, self.alone) if each._averaged is not None]
-        if averages:
-            alike = dict(averages[1].named_parameters())
-            for name, tensor in averages[0].named_parameters():  # frozen ones, too
-                self._note(f"average {name}", whole(tensor.detach()), alike[name].detach())
         if self._scenario.get("ahead"):  # the state changes while the divided one holds gathered weights
             self.alone.train_step(2, number, self._batch(number), Modes())
+            self._samples.take()
+
+    def evaluate(self, number: int) -> None:
+        """Compare the evaluations with the averages and with the weights, and all tensors of the averages."""
+        copy_state(self.alone, self.divided)
+        given = dict(self.alone._averaged.named_parameters())
+        for name, tensor in self.divided._averaged.named_parameters():
+            self._note(f"average of {name}", whole(tensor.detach()), given[name].detach())
+        given_batch = self._batch(number)
+        for raw in (False, True):
+            self.divided.gather(averaged=not raw)
+            if self.ranks.is_leader:
+                options = EvalOptions(tuple(range(given_batch.rows)), raw_weights=raw)
+                both = (each.eval_loss(given_batch, options) for each in (self.divided, self.alone))
+                self._note(f"evaluation, raw {raw}", *(torch.tensor(each.losses.loss) for each in both))
             self._samples.take()
 
     def save(self, folder: Path) -> None:
@@ -296,6 +308,8 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
             both = Comparison(scenario, samples)
             for number in range(1, steps + 1):
                 both.step(number)
+            if not {"bug", "disagree"} & scenario.keys() and scenario.get("prompts") != 1.0:
+                both.evaluate(steps)
         except Exception as raised:
             if not {"bug", "disagree", "diverged", "refused"} & scenario.keys():
                 raise
@@ -316,12 +330,8 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
 
 
 def snapshot_hash(state: snapshot.Snapshot) -> str:
-    from maskwire_server.training.models import sources
-
-    every = (
-        (f"{file}/{name}", each) for file, tensors in state.files.items() for name, each in tensors.items()
-    )
-    return sources.sha256(dict(every))
+    files = state.files.items()
+    return sources.sha256({f"{file}/{name}": each for file, named in files for name, each in named.items()})
 
 
 def main() -> None:

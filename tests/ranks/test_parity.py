@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,29 @@ LAYOUTS = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
 """The copies of the model, by the number of ranks; the ranks of each share one."""
 
 
+TOKEN: dict[str, Any] = {"objective": {"self_cond": True, "critic": "token"}}
+FROZEN = {"groups": [{"match": f"generator.{part}.*", "train": False} for part in ("token_emb", "blocks.0")]}
+MODELS: dict[str, Any] = {
+    "x-transformers": {**TOKEN, "model": MODERN},
+    "of a factory": {"model": factory("in_place:build")},
+    "without blocks": {"model": factory("in_place:build", layers="layers")},
+    "frozen weights": {"objective": SELF_CRITIC, "optimizer": FROZEN, "saved": True},
+    "frozen weights, loaded": {"objective": SELF_CRITIC, "optimizer": FROZEN, "loaded_after": 1},
+    "frozen weights, loaded untrained": {"optimizer": FROZEN, "loaded_after": 0},
+}
+
+
+def models(size: int) -> dict[str, Any]:
+    """Other models than the built-in one, and weights that are not trained."""
+    return {
+        f"{name}, {replicate} x {size // replicate}": {"replicate": replicate, **scenario}
+        for replicate in LAYOUTS[size]
+        for name, scenario in MODELS.items()
+        # A model without blocks can only be replicated.
+        if (replicate == size if name == "without blocks" else STEPS > 1 or replicate == 1)
+    }
+
+
 def scenarios(size: int) -> dict[str, Any]:
     return {
         f"{name}, {replicate} x {size // replicate}": {"replicate": replicate, **scenario}
@@ -92,17 +116,12 @@ def check(found: dict[str, Any]) -> None:
     assert all("generator.null_embed" in result["worst"] for result in with_null)
 
 
-FROZEN = {"groups": [{"match": "*token_emb*", "train": False}]}
 CRITIC_ALONE = {"replicate": 1, **OBJECTIVES["critic alone"]}
 NULL = {"replicate": 1, **OBJECTIVES["null embedding"]}
-TOKEN = {"replicate": 1, "objective": {"self_cond": True, "critic": "token"}}
 OTHERS: dict[str, Any] = {
-    "one row": {**TOKEN, "rows": 1},
-    "prompts alone": {**TOKEN, "rows": 1, "prompts": 1.0},
-    "x-transformers": {**TOKEN, "model": MODERN},
-    "frozen": {"replicate": 1, "loaded_after": 0, "optimizer": FROZEN},
-    "frozen, trained before": {"replicate": 1, "loaded_after": 1, "optimizer": FROZEN},
-    "of a factory": {"replicate": 1, "model": factory("in_place:build")},
+    "one row": {"replicate": 1, **TOKEN, "rows": 1},
+    "prompts alone": {"replicate": 1, **TOKEN, "rows": 1, "prompts": 1.0},
+    **models(2),
     "experts": {"replicate": 1, "model": factory("control_flow:routed")},
     "experts, one row": {"replicate": 1, "rows": 1, "model": factory("control_flow:routed")},
     "experts outside blocks": {"replicate": 2, "model": factory("control_flow:routed", blocks=False)},
@@ -175,8 +194,11 @@ def test_a_single_rank_computes_in_bf16_what_a_process_without_ranks_computes(tm
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`")
 @pytest.mark.parametrize("size", [3, 4])
-def test_more_ranks_compute_what_one_process_computes(size: int, tmp_path: Path) -> None:
-    check(compare(tmp_path, size, STEPS, scenarios(size)))
+@pytest.mark.parametrize("chosen", [scenarios, models])
+def test_more_ranks_compute_what_one_process_computes(
+    size: int, chosen: Callable[[int], dict[str, Any]], tmp_path: Path
+) -> None:
+    check(compare(tmp_path, size, STEPS, chosen(size)))
 
 
 def test_the_same_layout_gives_the_same_bits_again(found: dict[str, Any]) -> None:
@@ -214,7 +236,7 @@ def test_a_model_that_skips_layers_inside_its_blocks_can_be_divided(found: dict[
 def test_ranks_train_adapters_as_one_process_does(size: int, tmp_path: Path) -> None:
     check(compare(tmp_path, size, STEPS, {
         f"{objective}, {replicate} x {size // replicate}": {
-            "replicate": replicate, "model": ADAPTED, **OBJECTIVES[objective],
+            "replicate": replicate, "model": ADAPTED, **OBJECTIVES[objective], "loaded": objective == "plain",
         }
         for replicate in LAYOUTS[size]
         for objective in ("plain", "self critic")

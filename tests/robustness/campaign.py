@@ -35,6 +35,8 @@ from robustness import (
     processes,
     rank_faults,
     rank_layouts,
+    rank_stalls,
+    rank_wire,
     soak,
     wire_faults,
 )
@@ -127,6 +129,18 @@ def _r12_frozen(folder: Path) -> Any:
     return rank_faults.frozen_start(folder)
 
 
+def _r12_leader(folder: Path) -> Any:
+    return rank_stalls.frozen_leader(folder)
+
+
+def _r12_idle(folder: Path) -> Any:
+    return rank_stalls.idle(folder)
+
+
+def _r12_wire(folder: Path) -> Any:
+    return rank_wire.scan(folder)
+
+
 def _r12_stopped(folder: Path) -> Any:
     return rank_faults.stopped_hosts(folder / "s")
 
@@ -213,6 +227,9 @@ def cases(full: bool) -> list[Case]:
     made.append(case("R12", "random instants", _r12_random, share(50, 5)))
     made.append(case("R12", "hung follower", _r12_hung))
     made.append(case("R12", "frozen start", _r12_frozen))
+    made.append(case("R12", "frozen leader", _r12_leader))
+    made.append(case("R12", "idle", _r12_idle))
+    made.append(case("R12", "wire", _r12_wire))
     if os.geteuid() == 0 and shutil.which("ip"):
         made.append(case("R12", "network", _r12_network))
         made.append(case("R12", "both hosts stopped", _r12_stopped))

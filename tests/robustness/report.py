@@ -152,8 +152,23 @@ def _r12(items: list[tuple[str, Any]]) -> str:
     if "random instants" in found:
         random = found["random instants"]["found"]
         words += f" and at {random['kills']} random instants, back in {random['slowest']:.0f} s at most"
+        if "restarts" in random:
+            words += f", {random['restarts']} restarts in a row"
     if "hung follower" in found:
         words += "; one that hangs is ended with its group"
+    if "frozen leader" in found:
+        frozen = found["frozen leader"]["found"]
+        words += f"; a frozen leader noticed in {frozen['noticed']:.0f} s, back in {frozen['back']:.0f} s"
+    if "idle" in found:
+        idle = found["idle"]["found"]
+        words += f"; {idle['idle']:.0f} s of idleness with all limits at {idle['limits']} s: no restart"
+    if "wire" in found:
+        sent = found["wire"]["found"]
+        words += (
+            "; the wire was not scanned: " + sent["skipped"]
+            if "skipped" in sent
+            else (f"; {sent['messages']:,} messages of ranks, {sent['MB']:.0f} MB: no pickle")
+        )
     if "network" in found:
         cut = found["network"]["found"]
         words += f"; two hosts cut apart: noticed in {cut['noticed']:.0f} s, back {cut['back']:.0f} s later"

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 from faults import KINDS
-from robustness import damage, failpoint_faults, malformed, planted, power_loss, report, soak, wire_faults
+from robustness import (
+    damage,
+    failpoint_faults,
+    malformed,
+    planted,
+    power_loss,
+    rank_faults,
+    rank_wire,
+    report,
+    soak,
+    wire_faults,
+)
 
 from maskwire_server import failpoints
 
@@ -78,9 +91,26 @@ def test_what_catches_a_bug_passes_without_one(catcher: str, tmp_path: Path) -> 
 def test_every_failpoint_is_passed_somewhere() -> None:
     sources = Path(failpoints.__file__).parent.rglob("*.py")
     text = "".join(path.read_text() for path in sources if path.name != "failpoints.py")
-    for name in failpoints.NAMES:
+    of_ranks = (*failpoints.NAMES, *failpoints.RANK_NAMES, *failpoints.SHARD_NAMES)
+    for name in of_ranks:
         assert text.count(f'passing("{name}")') == 1, name
     assert len(failpoints.NAMES) >= 25
+    places = rank_faults.PLACES
+    assert {*places[0], *places[1]} == set(of_ranks), "R12 kills a rank at each"
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_among_what_ranks_send_is_told_from_numbers(protocol: int) -> None:
+    value = {"name": "train_step", "rows": list(range(100))}
+    data = pickle.dumps(value, protocol)
+    assert rank_wire.has_pickle(data)
+    assert rank_wire.has_pickle(b"\0" * 13 + data + b"\0") == (protocol >= 4), "others only alone"
+    assert rank_wire.has_pickle(data[:150]) == (protocol >= 4), "the rest is in the next message"
+    random = np.random.default_rng(0)
+    for numbers in (random.bytes(2**20), random.normal(size=2**17).astype(np.float32).tobytes()):
+        assert not rank_wire.has_pickle(numbers)
+    framed = b"".join(b"\x80" + bytes([protocol, 0x95]) + random.bytes(20) for _ in range(10_000))
+    assert not rank_wire.has_pickle(framed), "the length of the frame is not one"
 
 
 def test_the_table_says_what_failed_and_at_which_revision() -> None:

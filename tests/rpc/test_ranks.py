@@ -66,15 +66,22 @@ def trained(server: RankServer, steps: int, after: Callable[[int], None] = lambd
             "layout": layout}  # fmt: skip
 
 
-def test_one_rank_under_the_launcher_gives_the_bits_of_a_plain_server(start: Start) -> None:
+def test_one_rank_under_the_launcher_gives_the_bits_of_a_plain_server(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     settings = ("objective.critic=self", "objective.self_cond=true", "optimizer.ema_decay=0.9")
     plain, launched = start(None, *settings), start(1, *settings)
-    expected, found = trained(plain, 20), trained(launched, 20)
+    expected, found = trained(plain, 50), trained(launched, 50)
     assert found.pop("layout") == "1 x 1"
     assert expected.pop("layout") == "1", "a single process has no group"
     assert found == expected
     assert launched.stop() == 0
     assert plain.stop() == 0
+    left = {path.name for path in temporary.iterdir()}
+    assert not {name for name in left if not name.startswith("torchinductor_")}, "all but a cache is deleted"
 
 
 SETTINGS = ("objective.self_cond=true", "distributed.rank_timeout_seconds=2")

@@ -225,7 +225,7 @@ def _delete_if_left(folder: Path) -> None:
 def _options(chosen: Launch, folder: str) -> list[str]:
     options = [
         f"--nproc-per-node={chosen.ranks}", f"--nnodes={chosen.nodes}", f"--max-restarts={_RESTARTS}",
-        "--monitor-interval=0.1",
+        "--monitor-interval=0.1", f"--log-dir={folder}",  # by default torch leaves a folder in TMPDIR
     ]  # fmt: skip
     if chosen.nodes == 1:
         # torch's launcher unpickles the values of its store. On one host the store is therefore a file that

@@ -1,7 +1,9 @@
-"""Arms one failpoint in one rank of a test's group; Python imports this first in every process.
+"""Arms one failpoint in one rank of a test's group, or patches all; Python imports this first everywhere.
 
 MASKWIRE_TEST_FAULT is RANK:NAME:COUNT:KIND:FILE. The COUNT-th time that the rank passes the failpoint it
 kills itself (KIND kill), runs out of memory (memory) or hangs (hang), once: FILE marks that it happened.
+
+MASKWIRE_TEST_PATCH names a function of `rank_patches` that each rank calls before it starts.
 """
 
 import os
@@ -14,6 +16,8 @@ def _arm() -> None:
     rank, name, count, kind, marker = os.environ["MASKWIRE_TEST_FAULT"].split(":")
     if os.environ.get("RANK") != rank:
         return
+    if name.startswith("recovery.") and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        return  # the first start has nothing to recover
     from maskwire_server import failpoints
 
     left = int(count)
@@ -36,3 +40,7 @@ def _arm() -> None:
 
 if "MASKWIRE_TEST_FAULT" in os.environ:
     _arm()
+if "MASKWIRE_TEST_PATCH" in os.environ and "RANK" in os.environ:
+    import rank_patches
+
+    getattr(rank_patches, os.environ["MASKWIRE_TEST_PATCH"])()
