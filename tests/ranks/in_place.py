@@ -23,7 +23,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """A stack of layers."""
 
-    def __init__(self, model: Any, in_place: bool, name: str) -> None:
+    def __init__(self, model: Any, in_place: bool, name: str = "blocks") -> None:
         super().__init__()
         self.ids = nn.Embedding(model.num_tokens, 16)
         self.layers_name = name

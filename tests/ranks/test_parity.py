@@ -75,7 +75,7 @@ FROZEN = {"groups": [{"match": f"generator.{part}.*", "train": False} for part i
 MODELS: dict[str, Any] = {
     "x-transformers": {**TOKEN, "model": MODERN},
     "of a factory": {"model": factory("in_place:build")},
-    "without blocks": {"model": factory("in_place:build", layers="layers")},
+    "without blocks": {"model": factory("in_place:build", layers="stack")},
     "frozen weights": {"objective": SELF_CRITIC, "optimizer": FROZEN, "saved": True},
     "frozen weights, loaded": {"objective": SELF_CRITIC, "optimizer": FROZEN, "loaded_after": 1},
     "frozen weights, loaded untrained": {"optimizer": FROZEN, "loaded_after": 0},
