@@ -210,14 +210,6 @@ def with_factory(name: str, start: Start, monkeypatch: pytest.MonkeyPatch, **opt
     )  # fmt: skip
 
 
-def test_a_model_that_one_rank_cannot_build_ends_all_ranks_once_with_2(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = with_factory("on_one_rank", start, monkeypatch)
-    assert server.process.wait(120) == 2
-    assert server.log.read_text().count("MemoryError: none is left on this host; correct it") == 1
-
-
 def test_a_rank_that_skips_a_block_ends_all_ranks_with_2(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

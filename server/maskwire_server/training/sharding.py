@@ -35,6 +35,7 @@ from maskwire_server.training.ranks_interface import Ranks, own_part
 from maskwire_server.training.shards import Piece
 from maskwire_server.training.unused_weights import UnusedWeights
 
+_HASH, _CHECKSUM = slice(32), slice(32, 40)  # in what ranks send one another to agree
 _RESTART = "all ranks restart and recover the run from its journal, and no acknowledged step is lost"
 
 
@@ -216,19 +217,20 @@ class ManyRanks(Ranks):
         own = hashlib.sha256(self._history + facts.encode()).digest()
         checksum = _checksum(weights if self.replicate > 1 else ()).to_bytes(8, "little", signed=True)
         found = self._gather(own + checksum + self._unused.used)
-        if other := [rank for rank, each in enumerate(found) if each[:32] != own]:
+        hashes, checksums = ([each[part] for each in found] for part in (_HASH, _CHECKSUM))
+        if other := [rank for rank, each in enumerate(hashes) if each != own]:
             raise StateLost(
                 f"rank {self.rank} has the result {facts!r}, but ranks {other} have another result or "
                 f"executed other orders; {_RESTART}"
             )
         shard = self.size // self.replicate
         with_same_part = range(self.rank % shard, self.size, shard)
-        if other := [rank for rank in with_same_part if found[rank][32:40] != checksum]:
+        if other := [rank for rank in with_same_part if checksums[rank] != checksum]:
             raise StateLost(
                 f"rank {self.rank} and ranks {other} have different weights, but hold the same part of the "
                 f"model; {_RESTART}"
             )
-        self._unused.delete([each[40:] for each in found])
+        self._unused.delete([each[_CHECKSUM.stop :] for each in found])
 
     def _gather(self, own: bytes) -> list[bytes]:
         """The bytes of every rank, by rank. All ranks must pass equally many."""

@@ -109,9 +109,8 @@ class TorchTrainer:
         if foreign:
             model_checks.check_divided(before, lambda: self._small_gradients(self._ranks))
         if serve.compile != "off":
-            for networks in (self.networks, self._averaged):
-                if networks is not None:
-                    networks.compile_blocks(serve.compile)
+            for networks in filter(None, (self.networks, self._averaged)):
+                networks.compile_blocks(serve.compile)
 
     @property
     def info(self) -> ModelInfo:
@@ -177,7 +176,7 @@ class TorchTrainer:
 
     def _load_initial_weights(self, ranks: Ranks) -> str:
         """Load the initial weights, but not the averages, check the model, and return the SHA-256."""
-        exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
+        exact = (self._numerics["deterministic"], self._numerics["compile"]) == ("yes", "off")
         return model_checks.begin(self.networks, self._model, partial(self._trial, ranks), exact=exact)
 
     def _small_gradients(self, ranks: Ranks) -> dict[str, Tensor]:
@@ -219,8 +218,8 @@ class TorchTrainer:
             generator, critic, self._objective.critic_loss_weight, modes.only_train_critic
         )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
-        weights = [weight for group in self._groups().values() for weight in group.weights]
-        self._ranks.agree(f"{losses}, gradient norm {gradient_norm!r} at {at}", weights)
+        facts = f"{losses}, gradient norm {gradient_norm!r} at {at}"
+        self._ranks.agree(facts, [weight for each in self._groups().values() for weight in each.weights])
         try:
             if finite and sums.masked:
                 for group in learners:
