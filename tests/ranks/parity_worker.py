@@ -236,7 +236,7 @@ class Comparison:
         for raw in (False, True):
             self.divided.gather(averaged=not raw)
             if self.ranks.is_leader:
-                options = EvalOptions(tuple(range(given_batch.rows)), raw_weights=raw)
+                options = EvalOptions(tuple(range(given_batch.rows)), draws=4, raw_weights=raw)
                 both = (each.eval_loss(given_batch, options) for each in (self.divided, self.alone))
                 self._note(f"evaluation, raw {raw}", *(torch.tensor(each.losses.loss) for each in both))
             self._samples.take()
@@ -308,7 +308,8 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
             both = Comparison(scenario, samples)
             for number in range(1, steps + 1):
                 both.step(number)
-            if not {"bug", "disagree"} & scenario.keys() and scenario.get("prompts") != 1.0:
+            unlike = {"bug", "disagree"} & scenario.keys() or scenario.get("prompts") == 1.0
+            if not unlike and (steps > 2 or "loaded_after" in scenario):  # in the campaign, all
                 both.evaluate(steps)
         except Exception as raised:
             if not {"bug", "disagree", "diverged", "refused"} & scenario.keys():

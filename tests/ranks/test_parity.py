@@ -117,9 +117,9 @@ def check(found: dict[str, Any]) -> None:
 
 
 CAMPAIGN = {
-    "one row", "of a factory, 1 x 2", "without blocks, 2 x 1", "frozen weights, 1 x 2", "experts, one row",
-    "the average stands still", "three times the rate", "a negative rate", "outputs at random",
-    "other outputs",
+    "one row", "x-transformers, 1 x 2", "of a factory, 1 x 2", "without blocks, 2 x 1",
+    "frozen weights, 1 x 2", "experts, one row", "the average stands still", "three times the rate",
+    "a negative rate", "outputs at random", "other outputs",
 }  # fmt: skip
 """Scenarios, mistakes and refused models that only `make robustness` runs."""
 CRITIC_ALONE = {"replicate": 1, **OBJECTIVES["critic alone"]}

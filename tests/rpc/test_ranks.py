@@ -201,31 +201,6 @@ def test_a_server_that_is_stopped_while_it_starts_ends_with_0(start: Start) -> N
     assert "listening on" not in server.log.read_text()
 
 
-def with_factory(name: str, start: Start, monkeypatch: pytest.MonkeyPatch, **options: str) -> RankServer:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "ranks"))
-    return start(
-        2, "distributed.rank_timeout_seconds=2", "model.source=python", "model.num_tokens=257",
-        "model.mask_id=256", f"model.python.factory=control_flow:{name}",
-        *[f"model.python.options.{option}={value}" for option, value in options.items()],
-    )  # fmt: skip
-
-
-def test_a_rank_that_skips_a_block_ends_all_ranks_with_2(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other rank waits in a collective operation at that time."""
-    server = with_factory("skipping", start, monkeypatch, skip="call")
-    with maskwire.connect(server.target, retry_for=120, on_wait=lambda _: None) as trainer:
-        assert trainer.train_step(batch(1)[:2, :8]).step == 1
-    with (
-        maskwire.connect(server.target, takeover=True, retry_for=0) as trainer,
-        pytest.raises(maskwire.errors.MaskwireError),
-    ):
-        trainer.train_step(batch(2))
-    assert server.process.wait(120) == 2
-    assert "maskwire-server: distributed: a pass called block 2 instead of block 1" in server.log.read_text()
-
-
 LAYOUT = "distributed: replicate x shard must be the number of ranks, 2, got 3 x off"
 
 
