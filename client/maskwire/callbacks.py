@@ -84,9 +84,9 @@ class EarlyStopping:
             return
         self._waited += 1  # also for NaN
         if self._waited >= self._patience:
-            raise StopTraining(
-                f"{self._patience} evaluations in a row were not better than {self._best:.4f} nats per token"
-            )
+            seen = self._best < math.inf
+            wanted = f"better than {self._best:.4f} nats per token" if seen else "finite; check the losses"
+            raise StopTraining(f"{self._patience} evaluations in a row were not {wanted}")
 
 
 @refuse_unknown_keywords

@@ -240,6 +240,14 @@ def test_early_stopping_counts_evaluations_without_an_improvement(
     assert (improving.stopped, improving.step) == (False, 8)
 
 
+def test_early_stopping_says_that_no_evaluation_was_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(
+        Saving(), Numbered(), until_step=100, evaluate=scored(*[float("nan")] * 2), eval_every=2,
+        callbacks=[EarlyStopping(patience=2)],
+    )  # fmt: skip
+    assert "stopped at step 4: 2 evaluations in a row were not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options",
     [{"save_best": True}, {"callbacks": [SaveBest()]}, {"callbacks": [SaveBest()], "save_best": True}],

@@ -128,6 +128,8 @@ def test_results_of_parts_combine_whoever_made_them(server: ServerProcess) -> No
         same(combine(parts), whole)
         with pytest.raises(ValueError, match="different draws cannot be combined"):
             combine([whole, client.eval_loss(rows, draws=3)])
+        with pytest.raises(ValueError, match="at least one result, got none"):
+            combine([])
 
 
 def test_every_token_of_a_data_set_is_evaluated_once(server: ServerProcess) -> None:

@@ -246,6 +246,8 @@ def combine(found: Sequence[EvalResult], text_bytes: int | None = None) -> EvalR
     Raises StepMovedError if the results are of different steps, and ValueError if there are none, or if their
     draws or weights differ.
     """
+    if not found:
+        raise ValueError("found must have at least one result, got none")
     total = EvaluationSum()
     for one in found:
         total.add(one)

@@ -250,9 +250,10 @@ def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
 
 def other_step(step: int | None, what: str = "another step") -> Refused:
     """Return the refusal (PAYLOAD_MISMATCH) of a request whose id was used for another step or payload."""
+    of_step = f" (step {step})" if step else ""
     return Refused(
         "PAYLOAD_MISMATCH",
-        f"this request id was used for {what} (step {step}); use a new id for a new request",
+        f"this request id was used for {what}{of_step}; use a new id for a new request",
         step=step,
     )
 

@@ -76,6 +76,6 @@ def _read_token(request: pb.ListStepsRequest) -> tuple[int, int]:
         raise invalid_field(
             "page_token",
             "page_token must come from an earlier page of the same list, got "
-            f"{request.page_token!r}; request the first page, without a token",
+            f"{request.page_token[:80]!r}; request the first page, without a token",
         )
     return lineage, step

@@ -79,6 +79,13 @@ def test_a_known_id_with_another_payload_or_step_is_a_mismatch(number: int, payl
     assert raised.value.reason == "PAYLOAD_MISMATCH"
 
 
+@pytest.mark.parametrize(("number", "words"), [(7, "another payload (step 7);"), (None, "another payload;")])
+def test_a_mismatch_names_the_step_once_it_has_a_number(number: int | None, words: str) -> None:
+    with pytest.raises(Refused) as raised:
+        repeats(sent(None), OTHER, Known(number, "id", HASH))
+    assert words in str(raised.value)
+
+
 def test_another_id_is_another_request_and_without_one_the_hash_tells() -> None:
     assert not repeats(sent(7, "other"), HASH, Known(7, "id", HASH))
     assert not repeats(sent(7, "other"), HASH, Known(7, None, HASH))
