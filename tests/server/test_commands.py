@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rig import WAIT, Rig
 from typer.testing import CliRunner
 
 from maskwire.v1.values import Losses
-from maskwire_server import app
+from maskwire_server import app, cli
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.cli import app as commands
 from maskwire_server.config import load
@@ -30,6 +31,22 @@ from maskwire_server.results import StepResult
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(commands, [str(each) for each in arguments])
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], count: str | None
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    cli.limit_spinning()
+    assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
 @pytest.fixture(autouse=True)
