@@ -241,7 +241,7 @@ class Trainer(TrainerProperties, Client):
         return answer
 
     def _forget_if_closed(self, answer: asyncio.Future[Any]) -> None:
-        """Once the client is closed, keep asyncio from logging an error of `answer` that nobody awaits."""
+        """Once the client is closed, keep asyncio from logging an error of `answer` as never retrieved."""
         if self._closed and not answer.cancelled():
             answer.exception()
 

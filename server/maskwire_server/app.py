@@ -202,7 +202,7 @@ def serve_rank(
     if not member.is_leader:
         try:
             follower.follow(member, lambda sections: build(member, Config(**sections)), saver)
-        except ConfigError as error:  # if the leader raises it too, this process ends meanwhile
+        except ConfigError as error:  # if the leader raises it too, `liveness` has ended this process
             time.sleep(config.distributed.rank_timeout_seconds)
             say(error)
             _leave(launcher.note_exit(EXIT_CONFIG))
@@ -212,7 +212,7 @@ def serve_rank(
         _leave(EXIT_FAILURE)
     if launcher.is_stopping():  # an earlier leader ended during the stop: there is nothing to serve
         _leave(finish(0))
-    if launcher.batch_is_spared():
+    if launcher.batch_was_cleared():
         quarantine.forget(config.run.dir)
     code = serve(
         config,

@@ -108,10 +108,10 @@ def test_the_leader_tells_the_launcher_how_it_ended(tmp_path: Path, monkeypatch:
     assert launcher.last_loss() == ""
     launcher.note_loss("rank 1 ended")
     assert launcher.last_loss() == "rank 1 ended"
-    assert not launcher.batch_is_spared()
+    assert not launcher.batch_was_cleared()
     launcher.note_loss("rank 1 was silent for 10 s", batch_is_suspect=False)
     assert launcher.last_loss() == "rank 1 was silent for 10 s"
-    assert [launcher.batch_is_spared() for _ in range(2)] == [True, False]
+    assert [launcher.batch_was_cleared() for _ in range(2)] == [True, False]
 
 
 RANK = (

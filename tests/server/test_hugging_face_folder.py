@@ -80,7 +80,7 @@ def test_a_mask_token_beyond_the_vocabulary_makes_room_for_itself(tmp_path: Path
     assert (model.mask_id, model.num_tokens, model.pad_id, model.max_seq_len) == (31, 32, 0, 64)
 
 
-@pytest.mark.parametrize("path", ["./none", "../none", "a/b/c", "~nobody1/bert"])
+@pytest.mark.parametrize("path", ["./none", "../none", "a/b/c", "~unknown-user/bert"])
 def test_a_path_that_no_model_of_the_hub_can_have_is_not_looked_up(path: str) -> None:
     with pytest.raises(ConfigError, match="must be a folder or the name of a model on the hub"):
         filled(path, mask_id=4)

@@ -155,7 +155,7 @@ class TokenData:
         return len(self.whole())
 
     def steps_of(self, epochs: int) -> int:
-        """Return the number of the step that completes so many epochs, with `sampling="epochs"`.
+        """Return the step at which the given number of epochs is complete, with `sampling="epochs"`.
 
         epochs: How often each row is trained on.
         """

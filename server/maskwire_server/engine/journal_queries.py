@@ -28,7 +28,7 @@ class JournalQuery:
     """Whether the answer must wait until the mirror has the records that it comes from."""
 
     def find(self, journal: Journal, run: Run) -> tuple[Any] | None:
-        """Read the answer, and return it in a tuple, or None if nobody waits for it.
+        """Return the answer in a tuple of one, or None if the caller no longer waits for it.
 
         If the query is refused, its future gets the error, and None is returned.
         """

@@ -42,7 +42,7 @@ LEADER = "MASKWIRE_LEADER"
 _PREFIX = "maskwire-launch-"
 _AGENT = "torch-launcher.pid"
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
-_SPARED = "batch-spared"
+_CLEARED = "batch-cleared"
 _RESTARTS = 1000
 _FAILURE = 70
 _JOIN_SECONDS = 365 * 24 * 3600
@@ -147,13 +147,13 @@ def note_loss(problem: str, batch_is_suspect: bool = True) -> None:
     """Record for the next leader on this host why the ranks restart, and whether a batch may be the cause."""
     _write(_LOSS, problem)
     if not batch_is_suspect:
-        _write(_SPARED, "")
+        _write(_CLEARED, "")
 
 
-def batch_is_spared() -> bool:
-    """Whether the ranks restart for a reason that no batch causes. True only once for each such restart."""
+def batch_was_cleared() -> bool:
+    """Whether the ranks restart for a reason that a batch cannot cause. True once per such restart."""
     try:
-        (Path(os.environ.get(FOLDER, "/nowhere")) / _SPARED).unlink()
+        (Path(os.environ.get(FOLDER, "/nowhere")) / _CLEARED).unlink()
     except OSError:
         return False
     return True

@@ -110,7 +110,9 @@ class ShardSaver:
     def _end(self, error: Exception) -> None:
         """End this process, because the other ranks wait for it, or have ended."""
         time.sleep(GRACE_SECONDS)
-        self._member.lost(f"rank {self._member.place.rank} failed in a save: {error}", False)
+        self._member.lost(
+            f"rank {self._member.place.rank} failed in a save: {error}", False
+        )  # not by a batch
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ DIVIDED_TOLERANCE = 0.1
 """Largest norm of the difference between two gradients of a tensor, relative to the norm of the first.
 Another device or precision causes a smaller difference, a wrong gradient a larger one."""
 ORDER_STEPS = 16
-"""The steps in which a block that is skipped at random is looked for. One that is skipped in less than a
-third of the passes may be found later, by the checks of each pass."""
+"""The number of steps in which a start looks for blocks that are skipped at random. A block that is skipped
+with probability p passes with probability (1 - p)^16. The checks of each later pass then find it."""
 TOLERANCE = 1e-3
 """Largest difference between a row's embeddings alone and in a batch, relative to the largest of them."""
 

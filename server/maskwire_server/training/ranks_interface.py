@@ -6,7 +6,7 @@ implements the interface for several processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Ranks:
         """The norm of a vector that is divided like the weights. `of_part` is the norm of a rank's part."""
         return of_part
 
-    def agree(self, facts: str, weights: Sequence[Tensor] = ()) -> None:
+    def agree(self, facts: str, weights: Iterable[Tensor] = ()) -> None:
         """Raise StateLost unless all ranks have the same results of a step, and all copies the same weights.
 
         `facts` is the text of the results. `weights` are tensors that are divided among the ranks of a copy.

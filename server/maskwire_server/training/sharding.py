@@ -15,7 +15,7 @@ import copy
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -208,7 +208,7 @@ class ManyRanks(Ranks):
         """The ranks on which `flag` is True. Every rank must call this."""
         return [rank for rank, found in enumerate(self._gather(bytes([flag]))) if found[0]]
 
-    def agree(self, facts: str, weights: Sequence[Tensor] = ()) -> None:
+    def agree(self, facts: str, weights: Iterable[Tensor] = ()) -> None:
         """Raise StateLost if ranks have other `facts` or orders, or if copies have other `weights`.
 
         The facts are sums over all ranks, which would not show that one copy of the model has other weights.
@@ -233,13 +233,13 @@ class ManyRanks(Ranks):
         self._unused.delete([each[_CHECKSUM.stop :] for each in found])
 
     def _gather(self, own: bytes) -> list[bytes]:
-        """The bytes of every rank, by rank. All ranks must pass equally many."""
+        """The bytes of every rank, by rank. All ranks must pass the same number of bytes."""
         found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
         return [each.numpy().tobytes() for each in found]
 
 
-def _checksum(weights: Sequence[Tensor]) -> int:
+def _checksum(weights: Iterable[Tensor]) -> int:
     """The sum of this rank's parts, read as 64-bit integers, modulo 2^64. It is exact in any order."""
     sums = []
     for weight in weights:

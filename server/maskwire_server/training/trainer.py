@@ -219,7 +219,7 @@ class TorchTrainer:
         )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
         facts = f"{losses}, gradient norm {gradient_norm!r} at {at}"
-        self._ranks.agree(facts, [weight for each in self._groups().values() for weight in each.weights])
+        self._ranks.agree(facts, (weight for each in self._groups().values() for weight in each.weights))
         try:
             if finite and sums.masked:
                 for group in learners:
