@@ -1,9 +1,9 @@
 """R12: what ranks send is recorded with strace, and has no pickle in it.
 
-torch's launcher, whose rendezvous is known to use pickles, is not recorded. Two forms of a pickle are looked
-for. One of protocol 4 or 5 begins with its protocol and a frame, wherever in a message it is: these are 11
-bytes that fit together, so that numbers do not look like one. One without a frame, as of protocol 2 or 3,
-counts if it is a message of its own from the first byte to the last.
+torch's launcher, whose rendezvous is known to use pickles, is not recorded. The scan looks for two forms. A
+pickle of protocol 4 or 5 begins with 11 bytes, its protocol and the length of a frame, which tensors hardly
+contain by chance, so it is found anywhere in a message. A pickle without a frame (protocol 2 or 3) is found
+only if it is the entire message.
 """
 
 from __future__ import annotations
