@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import queue
@@ -286,6 +287,33 @@ def test_a_save_that_ends_half_way_leaves_the_older_checkpoint(tmp_path: Path, p
     assert checkpoints.all() == [older]
     assert checkpoints.damage(older) is None
     assert checkpoints.sweep() == ["b"]
+
+
+def test_a_folder_is_recognised_and_deleted_while_a_rank_of_an_earlier_group_writes_to_it(
+    tmp_path: Path,
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.path("a").mkdir(parents=True)
+    earlier = PartFiles().begin(checkpoints.path("a"))
+    written, ended = threading.Event(), threading.Event()
+
+    def write_until_the_folder_is_gone() -> None:
+        with contextlib.suppress(OSError):
+            while not ended.is_set():
+                parts(1).write(earlier, with_frozen=True)
+                written.set()
+
+    writer = threading.Thread(target=write_until_the_folder_is_gone)
+    writer.start()
+    try:
+        assert written.wait(30)
+        assert all(is_unfinished(checkpoints.path("a")) for _ in range(500))
+        assert checkpoints.sweep() == ["a"]
+    finally:
+        ended.set()
+    writer.join(30)
+    assert not writer.is_alive()
+    assert not checkpoints.path("a").exists()
 
 
 def test_a_rank_of_an_earlier_group_cannot_change_a_later_checkpoint(tmp_path: Path) -> None:

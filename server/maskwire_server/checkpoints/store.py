@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from maskwire_server.checkpoints.files import (
     described,
     is_unfinished,
     read_manifest,
+    remove_folder,
     write_manifest,
 )
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
@@ -91,7 +91,7 @@ class Checkpoints:
             if (folder / MANIFEST).exists():  # damaged, or its folder was renamed: kept for the operator
                 self.set_aside(name)
             elif folder.exists():  # left by a save that was interrupted
-                shutil.rmtree(folder)
+                remove_folder(folder)
             make_folder(self.folder)
             folder.mkdir()
             begun = True
@@ -112,7 +112,8 @@ class Checkpoints:
             failpoints.passing("checkpoint.published")
         except OSError as error:
             if begun:
-                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_folder(folder)
             if self._catalogue is not None:
                 self._catalogue.remove(name)
             if is_shortage(error):
@@ -307,7 +308,7 @@ class Checkpoints:
             (folder / MANIFEST).unlink(missing_ok=True)
             failpoints.passing("checkpoint.undone")
             flush_folder(folder)
-            shutil.rmtree(folder)
+            remove_folder(folder)
             failpoints.passing("checkpoint.collected")
         finally:
             self._changing.discard(name)
@@ -337,7 +338,7 @@ class Checkpoints:
         swept = []
         for name in self.unfinished():
             try:
-                shutil.rmtree(self.folder / name)
+                remove_folder(self.folder / name)
                 swept.append(name)
             except OSError as error:
                 log.warning("the unfinished checkpoint %s could not be removed: %s", name, error)
@@ -345,6 +346,5 @@ class Checkpoints:
 
     def unfinished(self) -> list[str]:
         """The names of the folders that a save started to write and did not finish."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(folder.name for folder in self.folder.iterdir() if is_unfinished(folder))
+        folders = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(folder.name for folder in folders if is_unfinished(folder))
