@@ -19,11 +19,11 @@ from maskwire_server.results import FileInfo
 
 NOT_A_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """The exceptions that reading a damaged manifest can raise."""
-_SAVED = (".safetensors", ".json", ".draft")
+_SAVED = {".safetensors", ".json", ".draft"}
 PARTS = "parts-"
 """The prefix of the name of the folder in which several ranks write the files of a checkpoint."""
 _DRAFT = ".tmp"  # the prefix of the names that safetensors writes to before it renames the file
-_REMOVALS = 100
+_ATTEMPTS = 100  # to delete a folder in which another process renames and creates files
 
 
 class Snapshot(Protocol):
@@ -66,28 +66,26 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a save started to write this folder and did not finish.
-
-    A surviving rank of an earlier group may rename a file in the meantime: the listing has its type.
-    """
+    """Whether a save started to write this folder and did not finish."""
     if not CHECKPOINT_NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
     return not (folder / MANIFEST).exists() and all(
-        all(map(_is_of_save, os.scandir(entry)))
-        if entry.name.startswith(PARTS) and entry.is_dir()
-        else _is_of_save(entry)
-        for entry in os.scandir(folder)
+        all(map(_is_of_save, path.iterdir()))
+        if path.name.startswith(PARTS) and path.is_dir()
+        else _is_of_save(path)
+        for path in folder.iterdir()
     )
 
 
-def _is_of_save(entry: os.DirEntry[str]) -> bool:
-    name = entry.name
-    return entry.is_file() and (name.endswith(_SAVED) or name.startswith(_DRAFT))
+def _is_of_save(path: Path) -> bool:
+    """Whether a save wrote this file. A file that is gone was renamed by a rank that is still writing."""
+    named = path.suffix in _SAVED or path.name.startswith(_DRAFT)
+    return named and (path.is_file() or not os.path.lexists(path))
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a checkpoint's folder, to which a surviving rank of an earlier group may still be writing."""
-    for _ in range(_REMOVALS - 1):
+def remove_unfinished(folder: Path) -> None:
+    """Delete the folder of an interrupted save. A rank of an earlier group may still be writing to it."""
+    for _ in range(_ATTEMPTS - 1):
         try:
             shutil.rmtree(folder)
         except OSError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from maskwire_server.checkpoints.files import (
     described,
     is_unfinished,
     read_manifest,
-    remove_folder,
+    remove_unfinished,
     write_manifest,
 )
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
@@ -91,7 +92,7 @@ class Checkpoints:
             if (folder / MANIFEST).exists():  # damaged, or its folder was renamed: kept for the operator
                 self.set_aside(name)
             elif folder.exists():  # left by a save that was interrupted
-                remove_folder(folder)
+                remove_unfinished(folder)
             make_folder(self.folder)
             folder.mkdir()
             begun = True
@@ -112,8 +113,7 @@ class Checkpoints:
             failpoints.passing("checkpoint.published")
         except OSError as error:
             if begun:
-                with contextlib.suppress(OSError):
-                    remove_folder(folder)
+                shutil.rmtree(folder, ignore_errors=True)
             if self._catalogue is not None:
                 self._catalogue.remove(name)
             if is_shortage(error):
@@ -308,7 +308,7 @@ class Checkpoints:
             (folder / MANIFEST).unlink(missing_ok=True)
             failpoints.passing("checkpoint.undone")
             flush_folder(folder)
-            remove_folder(folder)
+            shutil.rmtree(folder)
             failpoints.passing("checkpoint.collected")
         finally:
             self._changing.discard(name)
@@ -338,7 +338,7 @@ class Checkpoints:
         swept = []
         for name in self.unfinished():
             try:
-                remove_folder(self.folder / name)
+                remove_unfinished(self.folder / name)
                 swept.append(name)
             except OSError as error:
                 log.warning("the unfinished checkpoint %s could not be removed: %s", name, error)
