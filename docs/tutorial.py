@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +79,16 @@ class Tutorial:
         *,
         shorter: Mapping[str, str] | None = None,
         start: Any = subprocess.Popen,
-        threads: int | None = None,
+        settings: Iterable[str] = (),
     ) -> None:
-        """`shorter`: what to run in place of words of the page; all of them must be in it."""
+        """`shorter`: what to run in place of words of the page; all of them must be in it. `settings`: for `serve`."""
         self.page = (TUTORIALS / f"{name}.md").read_text()
         self.folder = folder
         self.output: list[str] = []
         """What each block printed."""
         self._start = start
         self._shorter = dict(shorter or {})
-        self._flags = ["--set=serve.address=127.0.0.1:0"]
-        if threads is not None:
-            self._flags.append(f"--set=serve.threads={threads}")
+        self._flags = [f"--set={each}" for each in ("serve.address=127.0.0.1:0", *settings)]
         self._binaries = Path(sys.executable).parent
         self._environment = {
             **os.environ,
@@ -201,10 +199,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a tutorial page at its stated sizes.")
     parser.add_argument("page", choices=sorted(path.stem for path in TUTORIALS.glob("*.md")))
     parser.add_argument("folder", type=Path, help="an empty folder, which is created")
-    parser.add_argument("--threads", type=int, help="serve.threads")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a setting for each `serve`",
+    )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
-    tutorial = Tutorial(arguments.page, arguments.folder.resolve(), threads=arguments.threads)
+    tutorial = Tutorial(arguments.page, arguments.folder.resolve(), settings=arguments.settings)
     begun = time.monotonic()
     try:
         tutorial.run()

@@ -28,7 +28,8 @@ def run(tmp_path: Path) -> Run:
     """Runs a page in an empty folder; `shorter` are the words to replace."""
 
     def run_page(name: str, shorter: dict[str, str]) -> str:
-        return Tutorial(name, tmp_path, shorter=shorter, start=fork_server.Process, threads=1).run()
+        settings = ["serve.threads=1"]
+        return Tutorial(name, tmp_path, shorter=shorter, start=fork_server.Process, settings=settings).run()
 
     return run_page
 
