@@ -21,7 +21,10 @@ REQUEUE = DEPLOY / "slurm" / "requeue.sbatch"
 
 
 STUBS = {
-    "srun": 'echo "srun $*" >>"$RECORD"\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"',
+    # Like srun, it kills what it runs when it gets SIGTERM.
+    "srun": 'echo "srun $*" >>"$RECORD"\nwhile [ "${1#--}" != "$1" ]; do shift; done\n"$@" &\nserver=$!\n'
+    'trap "echo killed >>\\"$RECORD\\"; kill -KILL $server" TERM\nwait $server',
+    "scancel": 'echo "scancel $*" >>"$RECORD"\nkill -TERM $(sed -n "s/^ready //p" "$RECORD")',
     "scontrol": 'case "$1 $2" in\n  "show hostnames") printf "n1\\nn2\\n" ;;\n'
     '  "show job") echo "JobId=7 JobState=$STATE Partition=all" ;;\n'
     '  *) echo "scontrol $*" >>"$RECORD" ;;\nesac',
@@ -123,16 +126,14 @@ def test_the_job_is_requeued_unless_a_person_is_needed(
     assert cluster.recorded("scontrol") == ["scontrol requeue 7"] * requeued
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_before_the_time_limit_the_server_drains_and_the_job_is_requeued(
-    cluster: Cluster, number: signal.Signals
-) -> None:
+def test_before_the_time_limit_the_server_drains_and_the_job_is_requeued(cluster: Cluster) -> None:
     process = cluster.start(CODE="wait")
     cluster.wait_for("ready")
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (0, "")
-    assert cluster.recorded("draining")
+    assert cluster.recorded("scancel") == ["scancel --signal=TERM 7"]
+    assert (len(cluster.recorded("draining")), cluster.recorded("killed")) == (1, [])
     assert cluster.recorded("scontrol") == ["scontrol requeue 7"]
 
 
@@ -203,9 +204,12 @@ def test_usr1_stops_the_process_in_order_and_the_job_is_requeued(cluster: Cluste
     assert cluster.recorded("scontrol") == ["scontrol requeue 7"]
 
 
-def test_sigterm_is_not_passed_on_because_slurm_sends_it_to_all_processes(cluster: Cluster) -> None:
+@pytest.mark.parametrize("command", [SERVE, ["bash", str(SBATCH)]], ids=["one process", "several ranks"])
+def test_sigterm_is_not_passed_on_because_slurm_sends_it_to_all_processes(
+    cluster: Cluster, command: list[str]
+) -> None:
     """A second one would end the server at once, without its last checkpoint."""
-    process = cluster.start(*SERVE, CODE="wait")
+    process = cluster.start(*command, CODE="wait")
     cluster.wait_for("ready")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)

@@ -133,12 +133,11 @@ def test_an_error_in_building_a_trainer_is_retried_only_if_that_may_help(
         raise error
 
     monkeypatch.setattr(build, "TorchTrainer", fails)
-    monkeypatch.setattr(build, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(build, "time", SimpleNamespace(sleep=lambda _: None))
     monkeypatch.setattr(build.device_errors, "usable_after", lambda error, _: "device" not in str(error))
     member: Any = SimpleNamespace(ranks=SimpleNamespace(use_device=lambda: None, device=None, rank=1))
-    config = load(None, distributed={"rank_timeout_seconds": 0.001})
     with pytest.raises(expected, match=str(error)):
-        build.build(member, config)
+        build.build(member, load(None))
 
 
 def test_a_refusal_of_all_ranks_is_a_refusal() -> None:

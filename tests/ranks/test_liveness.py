@@ -20,7 +20,7 @@ import pytest
 
 from maskwire_server.errors import ConfigError
 from maskwire_server.ranks import addresses, launcher
-from maskwire_server.ranks.liveness import LOOPBACK, Monitor, watch_leader
+from maskwire_server.ranks.liveness import LOOPBACK, Monitor, how_it_ended, watch_leader
 from maskwire_server.ranks.orders import Order
 
 LONG = 30.0
@@ -47,6 +47,36 @@ def test_a_follower_that_ends_is_noticed_at_once() -> None:
     link = group.connect(group.greeting(1, os.getpid()))
     link.close()
     assert group.lost.get(timeout=10) == ("rank 1 ended", True)
+
+
+JOINS = (
+    "import os, socket, sys; link = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); "
+    "link.sendall(f'{sys.argv[2]} 1 {os.getpid()}\\n'.encode()); {end}"
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL (if nobody did this, the host was out of memory: "
+         "see `dmesg`)"),
+        ("os.kill(os.getpid(), 11)", "was killed by SIGSEGV"),
+        ("os._exit(70)", "ended with exit code 70"),
+        ("os._exit(0)", "ended"),
+    ],
+)  # fmt: skip
+def test_a_loss_says_how_the_follower_ended(end: str, expected: str) -> None:
+    group = Group(LONG)
+    address = group.monitor.address
+    given = [str(address.port), address.token]
+    with subprocess.Popen([sys.executable, "-c", JOINS.replace("{end}", end), *given]):
+        assert group.lost.get(timeout=LONG) == (f"rank 1 {expected}", True)
+
+
+def test_a_process_that_is_gone_has_ended() -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait(LONG)
+    assert how_it_ended(done.pid) == "ended"
 
 
 def test_a_frozen_follower_of_the_same_host_is_ended() -> None:
@@ -83,7 +113,7 @@ def test_a_follower_notices_that_the_leader_is_gone() -> None:
         address = replace(Group(LONG).monitor.address, port=listener.getsockname()[1])
         watch_leader(address, 1, LONG, lambda *loss: lost.put(loss), lambda: None)
         listener.accept()[0].close()
-    assert lost.get(timeout=10) == ("the leader ended", True)
+    assert lost.get(timeout=10) == ("the leader ended", True), "the process of the address is running"
 
 
 def test_orders_are_json_and_bytes() -> None:
@@ -94,10 +124,21 @@ def test_orders_are_json_and_bytes() -> None:
         Order.decode(data[:-1])
 
 
-@pytest.mark.parametrize("rendezvous", [None, "host", "host:", ":1", "host:port"])
+@pytest.mark.parametrize("rendezvous", [None, "host", "host:", ":1", "host:port", "host:0", "host:65536"])
 def test_several_hosts_need_a_rendezvous(rendezvous: str | None) -> None:
     with pytest.raises(ConfigError, match="--rendezvous must be HOST:PORT of the host that has the run"):
         launcher.launch(launcher.Launch(1, 2, rendezvous), [])
+
+
+def test_a_rendezvous_port_that_is_taken_is_refused() -> None:
+    with socket.create_server((LOOPBACK, 0)) as taken:
+        port = taken.getsockname()[1]
+        message = (
+            rf"^--rendezvous: port {port} of {LOOPBACK} cannot be used \(Address already in use\); give "
+            r"another port, the same on every host$"
+        )
+        with pytest.raises(ConfigError, match=message):
+            launcher.launch(launcher.Launch(1, 2, f"{LOOPBACK}:{port}"), [])
 
 
 def test_the_leader_tells_the_launcher_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,10 +259,14 @@ def test_check_reports_the_layouts_of_ranks() -> None:
     fits = run(*small, "--memory", "80GiB")
     assert fits.returncode == 0, fits.stderr
     assert "ranks           2 on each of 2 hosts = 4; on cuda, 80.00 GiB for each" in fits.stdout
-    assert re.findall(r"replicate \d x shard \d", fits.stdout) == [
+    assert re.findall(r"layout +(replicate \d x shard \d)", fits.stdout) == [
         f"replicate {4 // shard} x shard {shard}" for shard in (1, 2, 4)
     ]
     assert "recommended     --set distributed.replicate=4 --set distributed.shard=1" in fits.stdout
+    assert "configured      replicate 1 x shard 4: fits" in fits.stdout
+    other = run(*small, "--set", "distributed.replicate=3")
+    assert other.returncode == 2
+    assert "replicate x shard must be the number of ranks, 4, got 3 x off" in other.stderr
     too_small = run(*small, "--memory", "1 MB")
     assert too_small.returncode == 1
     assert "1.0 MiB for each" in too_small.stdout

@@ -46,7 +46,9 @@ def serve(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Train with this many processes on this host (docs/scale.md).")
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="With --ranks: the number of hosts.")] = 1,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="With --ranks: the number of hosts.  [default: 1]")
+    ] = None,
     rendezvous: Annotated[
         str | None,
         typer.Option(help="With --nodes: HOST:PORT of the host that has the run directory."),
@@ -56,8 +58,10 @@ def serve(
     is_rank = ranks is None and "WORLD_SIZE" in os.environ
     if is_rank:
         end_with_launcher()  # before the imports, which take seconds
-    if ranks is None and (rendezvous is not None or nodes > 1):
-        stop(f"{'--nodes' if nodes > 1 else '--rendezvous'} needs --ranks, got none")
+    if ranks is None and (rendezvous is not None or (nodes or 1) > 1):
+        stop(f"{'--rendezvous' if nodes in (None, 1) else '--nodes'} needs --ranks, got none")
+    if nodes is None and rendezvous is not None:
+        stop(f"--rendezvous needs --nodes, the number of hosts, got only {rendezvous}")
     chosen = loaded(config, run_dir, address, settings)
     start_log(log_level, chosen.telemetry.log_format)
     layout = chosen.distributed
@@ -74,7 +78,7 @@ def serve(
         arguments += [f"--set={each}" for each in settings or []]
         arguments += ["--accept-inexact-replay"] * accept_inexact_replay
         follows = bool(chosen.serve.certificate_files or chosen.serve.token_files)
-        launched = Launch(ranks, nodes, rendezvous, chosen.serve.drain_seconds, follows)
+        launched = Launch(ranks, nodes or 1, rendezvous, chosen.serve.drain_seconds, follows)
         raise typer.Exit(_launched(chosen.distributed, launched, ["serve", *arguments]))
     if config is None:
         log.info("no configuration file (--config): using the defaults, flags and the environment")
@@ -121,7 +125,10 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Check a configuration and report its parameters and memory. Exits with 1 if the memory is too small."""
+    """Check a configuration and report its parameters and memory. Exits with 1 if the memory is too small.
+
+    With --ranks, also if the configured layout is not possible for the model.
+    """
     if ranks is None and (memory is not None or nodes > 1):
         stop(f"{'--memory' if memory is not None else '--nodes'} needs --ranks, got none")
     size = None if memory is None else _bytes(memory)
@@ -139,7 +146,12 @@ def check(
     try:
         chosen = read_run(lambda: with_schedule(with_model(chosen, operators), operators))
         sections = (chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
-        report = layouts(*sections, Machines(ranks, nodes, size)) if ranks else footprint(*sections)
+        if ranks:
+            machines = Machines(ranks, nodes, size)
+            check_layout(chosen.distributed, machines.size)
+            report = layouts(*sections, chosen.distributed, machines)
+        else:
+            report = footprint(*sections)
     except ConfigError as error:
         stop(*str(error).splitlines())
     if chosen.objective.has_schedule_function:

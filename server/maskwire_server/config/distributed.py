@@ -17,8 +17,8 @@ class DistributedConfig(Section):
     shard: Steps = None
     """The number of ranks that share one copy: each holds a part of every weight, gradient and moment. off:
     the number of ranks divided by `replicate`."""
-    rank_timeout_seconds: Annotated[Finite, Field(gt=0)] = 10.0
-    """Restart all ranks when one has sent no heartbeat for this long."""
+    rank_timeout_seconds: Annotated[Finite, Field(ge=2)] = 10.0
+    """Restart all ranks when one has sent no heartbeat for this long. They send one every second."""
     checkpoints_by: Literal["auto", "ranks", "leader"] = "auto"
     """Who writes checkpoints. ranks: each rank writes its part to the folder of the checkpoints, which all
     hosts must share. leader: the leader gathers the state in its memory and writes it. auto: the ranks if

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import ipaddress
 import logging
+import os
 import socket
 import struct
 import time
@@ -63,6 +64,18 @@ def check_name(host: str) -> None:
             f"--rendezvous: {host} must not be a loopback address, got {found}; give its address in the "
             "network of the hosts"
         )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError if this host, the leader's, cannot listen on the port of the rendezvous."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise ConfigError(
+            f"--rendezvous: port {port} of {host} cannot be used ({why}); give another port, the same on "
+            "every host"
+        ) from error
 
 
 def wait_for(host: str, port: int) -> None:

@@ -92,11 +92,13 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             addresses.check_name(host)
             leads = addresses.is_here(host)
             environment |= {LEADER: str(int(leads))}
-            if not leads:
+            if leads:
+                addresses.check_port(host, port)
+            else:
                 addresses.wait_for(host, port)
             if interface is not None:  # gloo's default, that of the host's name, may be lo
                 environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-        command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen, folder)]
+        command = [sys.executable, "-m", "maskwire_server.ranks.torch_launcher", *_options(chosen, folder)]
         launcher = subprocess.Popen(
             [*command, "-m", "maskwire_server", *arguments],
             env=environment,
@@ -245,10 +247,10 @@ def _options(chosen: Launch, folder: str) -> list[str]:
 
 def _rendezvous(chosen: Launch) -> tuple[str, int]:
     host, colon, port = (chosen.rendezvous or "").rpartition(":")
-    if not host or not colon or not port.isdigit():
+    if not host or not colon or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(
             f"--rendezvous must be HOST:PORT of the host that has the run directory if --nodes is "
-            f"{chosen.nodes}, got {chosen.rendezvous!r}"
+            f"{chosen.nodes}, with a port from 1 to 65535, got {chosen.rendezvous!r}"
         )
     return host, int(port)
 

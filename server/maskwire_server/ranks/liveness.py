@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ the process within that time, and reports the lost rank."""
 LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16
+_EXIT_STATUS = 49
+"""The place of `exit_code`, which is field 52 of /proc/PID/stat (proc_pid_stat(5)), after the first two."""
 
 OnLoss = Callable[[str, bool], None]
 """Called on a background thread with a description of the loss, and whether the batch that is being computed
@@ -101,15 +104,16 @@ class Monitor:
                 return
             with self._lock:
                 self._links[rank] = link
-            problem, is_frozen = _read_until_gone(link, self._timeout)
-            self._lost(f"rank {rank} {problem}", pid if is_frozen else None, batch_is_suspect=not is_frozen)
+            here = _of_this_host(self.address, pid)
+            problem, is_frozen = _read_until_gone(link, self._timeout, here)
+            self._lost(f"rank {rank} {problem}", here if is_frozen else None, batch_is_suspect=not is_frozen)
 
     def _lost(self, problem: str, frozen: int | None, *, batch_is_suspect: bool) -> None:
         with self._lock:
             if self._ending:
                 return
             self._ending = True
-        if frozen is not None and self.address.host == LOOPBACK:
+        if frozen is not None:
             _kill(frozen)
         self._on_loss(problem, batch_is_suspect)
 
@@ -131,13 +135,14 @@ def watch_leader(
             _send([link], _BEAT)
 
     def watch() -> None:
+        here = _of_this_host(address, address.pid)
         with link:
-            problem, is_frozen = _read_until_gone(link, timeout)
+            problem, is_frozen = _read_until_gone(link, timeout, here)
         if not problem:
             on_end()
             return
-        if is_frozen and address.host == LOOPBACK:
-            _kill(address.pid)
+        if is_frozen and here is not None:
+            _kill(here)
         on_loss(f"the leader {problem}", not is_frozen)
 
     for work in (beat, watch):
@@ -168,10 +173,16 @@ def _greeting(line: bytes) -> tuple[bytes, int, int]:
     return token, int(rank), int(pid)
 
 
-def _read_until_gone(link: socket.socket, timeout: float) -> tuple[str, bool]:
+def _of_this_host(address: LeaderAddress, pid: int) -> int | None:
+    """The process id of the other side if all ranks are on this host; None if it may be another host's."""
+    return pid if address.host == LOOPBACK else None
+
+
+def _read_until_gone(link: socket.socket, timeout: float, pid: int | None) -> tuple[str, bool]:
     """Read until the other side is gone. Returns the problem, and whether the other side may be frozen.
 
-    The problem is "" if the leader announced that it ends for good.
+    `pid` is the other side's process id if it is on this host. The problem is "" if the leader announced that
+    it ends for good.
     """
     link.settimeout(timeout)
     try:
@@ -179,12 +190,31 @@ def _read_until_gone(link: socket.socket, timeout: float) -> tuple[str, bool]:
             if _END in data:
                 return "", False
     except ConnectionError:
-        return "ended", False
+        pass
     except TimeoutError:
         return f"was silent for {timeout:g} s", True
     except OSError as error:
         return f"is not reachable ({error.strerror or error})", False
-    return "ended", False
+    return "ended" if pid is None else how_it_ended(pid), False
+
+
+def how_it_ended(pid: int) -> str:
+    """How a process of this host ended, in words for after its name; "ended" if the kernel no longer knows.
+
+    The kernel knows until the process's parent has collected its exit status, which torch's launcher does
+    within a tenth of a second.
+    """
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        status = int(after_name[_EXIT_STATUS])
+    except (OSError, ValueError, IndexError):
+        return "ended"
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number == signal.SIGKILL:
+            return "was killed by SIGKILL (if nobody did this, the host was out of memory: see `dmesg`)"
+        return f"was killed by {signal.Signals(number).name}"
+    return f"ended with exit code {code}" if (code := os.WEXITSTATUS(status)) else "ended"
 
 
 def _kill(pid: int) -> None:

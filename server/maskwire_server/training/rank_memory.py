@@ -17,7 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.config import (
+    DistributedConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ServeConfig,
+)
 from maskwire_server.errors import ConfigError
 from maskwire_server.training import numerics, optimizers
 from maskwire_server.training.footprint import (
@@ -136,12 +142,14 @@ def layouts(
     objective: ObjectiveConfig,
     optimizer: OptimizerConfig,
     serve: ServeConfig,
+    distributed: DistributedConfig,
     machines: Machines,
 ) -> Footprint:
     """Report the memory that each rank needs in each layout, and recommend a layout.
 
-    `Footprint.fits` is whether any layout fits. Raises ConfigError if the device does not exist, if
-    `optimizer.groups` does not fit the parameters, or if the model cannot be trained by several ranks.
+    `Footprint.fits` is whether the configured layout is possible and fits. Raises ConfigError if the device
+    does not exist, if `optimizer.groups` does not fit the parameters, or if the model cannot be trained by
+    several ranks.
     """
     device = _device(serve, machines)
     with torch.device("meta"):
@@ -190,9 +198,15 @@ def layouts(
         rule = "" if shard == 1 else f"ceil(rows / {shard}) rows of each tensor: "
         lines += [f"  state         {rule}{part}", f"  together      {room.sum(part)}"]
         fitting += [shard] * room.fits(part)
-    lines.append(_advice(fitting, machines))
+    configured = distributed.shard or machines.size // distributed.replicate
+    fits = configured in fitting
+    lines += [
+        f"configured      replicate {distributed.replicate} x shard {configured}: "
+        f"{'fits' if fits else 'see above why it cannot be used'}",
+        _advice(fitting, machines),
+    ]
     parts = {"generator": networks.generator, "critic": networks.critic}
-    return Footprint(lines, bool(fitting), optimizers.listed(parts, optimizer))
+    return Footprint(lines, fits, optimizers.listed(parts, optimizer))
 
 
 def _learning(

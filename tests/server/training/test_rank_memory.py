@@ -74,7 +74,8 @@ def loaded(**sections: Any) -> config.Config:
 
 def report(machines: Machines, **sections: Any) -> list[str]:
     chosen = loaded(**sections)
-    return layouts(chosen.model, chosen.objective, chosen.optimizer, chosen.serve, machines).lines
+    sections = (chosen.model, chosen.objective, chosen.optimizer, chosen.serve, chosen.distributed)
+    return layouts(*sections, machines).lines
 
 
 def networks_of(chosen: config.Config) -> Networks:
