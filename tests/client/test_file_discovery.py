@@ -124,6 +124,26 @@ def test_a_local_glob_selects_what_it_matches_in_sorted_order(tmp_path: Path) ->
         found(f"{tmp_path}/*.rst")
 
 
+def test_a_recursive_glob_follows_no_link_to_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two links that lead back to a folder above them would give 2^40 paths."""
+    (tmp_path / "texts" / "deep" / ".hidden").mkdir(parents=True)
+    for name in ("a.txt", "deep/b.txt", "deep/.hidden/c.txt"):
+        (tmp_path / "texts" / name).write_text(TEXT)
+    for name, place in (("texts/link", "deep"), ("texts/deep/loop", ".."), ("outer", "texts")):
+        (tmp_path / name).symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    for glob in ("texts/**/*.txt", "texts/**/*", "texts/**", "**/texts/**/*.txt", f"{tmp_path}/texts/**/*"):
+        caplog.clear()
+        files = find_files(glob)
+        assert [str(path.relative_to(files[0].parent)) for path in files] == ["a.txt", "deep/b.txt"], glob
+        assert caplog.messages
+        for each in ("deep/loop", "link"):
+            assert sum(message.count(f"{files[0].parent}/{each}") for message in caplog.messages) == 1, glob
+    assert [str(path) for path in find_files("outer/*.txt")] == ["outer/a.txt"], "a link that is named"
+
+
 def test_a_broken_link_that_is_named_or_matched_by_a_glob_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "broken.txt").symlink_to("nowhere.txt")

@@ -105,7 +105,7 @@ def test_a_source_that_cannot_be_read_at_all_is_always_an_error(tmp_path: Path, 
 
 
 MASKED = (
-    "{place}: it contains the mask token '[MASK]' (id 0), and training refuses rows with the mask id; "
+    "{place}: it contains the {role} token '[MASK]' (id 0), and training refuses rows with this id; "
     "{advice}remove the token from the text; to drop and count such records instead, use --skip-invalid "
     "(skip_invalid=True)"
 )
@@ -114,21 +114,23 @@ PARSED = "leave out --parse-special-tokens to encode it as plain text, or "
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("field", ["q", "a"])
-def test_a_document_with_the_mask_token_is_refused_or_dropped(
-    tmp_path: Path, special: bool, field: str
+@pytest.mark.parametrize("role", ["mask", "pad"])
+def test_a_document_with_the_mask_or_the_pad_token_is_refused_or_dropped(
+    tmp_path: Path, special: bool, field: str, role: str
 ) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"q": "x </s>", "a": "y"} for _ in range(20)]
     rows[12] = {"q": "x", "a": "y"} | {field: "x [MASK] y"}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = tokenizer_folder(tmp_path, "tokenizer", special=special, mask="[MASK]")
+    tokenizer = tokenizer_folder(tmp_path, "tokenizer", special=special, **{"mask": "<m>", role: "[MASK]"})
     options: Any = {**FIELDS, "tokenizer": tokenizer, "parse_special_tokens": special}
     with pytest.raises(ValueError, match="--skip-invalid") as error:
         prepare(path, tmp_path / "out", **options)
     place = f"{path}, line 13"
-    assert str(error.value) == MASKED.format(place=place, advice=PARSED if special else "")
+    assert str(error.value) == MASKED.format(place=place, role=role, advice=PARSED if special else "")
     meta = prepare(path, tmp_path / "out", skip_invalid=True, **options)
-    assert (meta.documents, meta.dropped, meta.mask_id) == (19, {"contains the mask token": 1}, 0)
+    assert (meta.documents, meta.dropped) == (19, {f"contains the {role} token": 1})
+    assert (meta.mask_id if role == "mask" else meta.pad_id) == 0
     ids = np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2")
     assert ids.tolist() == [6, 2, 7, 2] * 19, "the other special tokens are encoded as themselves"
 

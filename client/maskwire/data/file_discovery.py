@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Protocol, TypeVar
 
@@ -34,8 +35,8 @@ SPECIAL = "not a regular file"
 OWN = "written by maskwire itself (run directory, metrics, configuration, log or printed result)"
 NO_FIELDS = "no records with fields (.jsonl, .csv, .tsv, .parquet, .arrow)"
 
-Skipped = dict[str, list[str]]
-"""The names that are left out, by reason."""
+Skipped = dict[str, dict[str, None]]
+"""The names that are left out, by reason: each name once, in order."""
 
 
 class File(Protocol):
@@ -102,7 +103,7 @@ def expand(
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     found: set[Path] = set()
-    for path in (each for one in given for each in _matches(one)):
+    for path in (each for one in given for each in _matches(one, skipped)):
         if datasets and is_dataset_folder(path):
             found.add(path)
         elif path.is_dir():
@@ -125,14 +126,44 @@ def expand(
     return sorted(found)
 
 
-def _matches(path: Path) -> list[Path]:
-    """Return the paths that match a glob; a path that exists, or that is no glob, is returned unchanged."""
+def _matches(path: Path, skipped: Skipped) -> list[Path]:
+    """Return the paths that match a glob; a path that exists, or that is no glob, is returned unchanged.
+
+    `**` stands for folders, but not for links to folders, which may lead back to a folder above them.
+    """
     if os.path.lexists(path) or not glob.has_magic(str(path)):
         return [path]
-    found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (takes absolute patterns)
+    root = Path(path.anchor)
+    found = _glob(root, path.relative_to(root).parts, skipped)
+    if "**" in path.parts:
+        for link in [each for each in found if each.is_symlink() and each.is_dir()]:
+            skip(skipped, LINKED, link)
+            found.remove(link)
     if not found:
         raise ValueError(f"{path}: no file or folder matches this glob")
-    return found
+    return sorted(found)
+
+
+def _glob(folder: Path, parts: tuple[str, ...], skipped: Skipped) -> set[Path]:
+    """Return the paths in a folder that match the parts of a glob."""
+    if "**" not in parts:
+        return {folder / each for each in glob.glob(str(Path(*parts)), root_dir=folder)}
+    place = parts.index("**")
+    roots = _glob(folder, parts[:place], skipped) if place else {folder}
+    inner = {each for root in roots for each in _folders(root, skipped)}
+    rest = parts[place + 1 :]
+    return {found for each in inner for found in _glob(each, rest, skipped)} if rest else inner
+
+
+def _folders(root: Path, skipped: Skipped) -> Iterator[Path]:
+    """Yield a folder and the folders in it, without hidden ones and links."""
+    for parent, folders, _ in os.walk(root, onerror=_raise):
+        yield Path(parent)
+        for name in [each for each in folders if each.startswith(".")]:
+            folders.remove(name)
+        for link in [each for each in folders if Path(parent, each).is_symlink()]:
+            skip(skipped, LINKED, Path(parent, link))
+            folders.remove(link)
 
 
 def _in_folder(root: Path, pattern: str, skipped: Skipped, datasets: bool) -> set[Path]:
@@ -248,7 +279,7 @@ def select(
 
 def skip(skipped: Skipped, reason: str, name: object) -> None:
     """Add a name that is left out to `skipped`, under the reason."""
-    skipped.setdefault(reason, []).append(str(name))
+    skipped.setdefault(reason, {})[str(name)] = None
 
 
 def reasons(skipped: Skipped) -> list[str]:
@@ -256,7 +287,7 @@ def reasons(skipped: Skipped) -> list[str]:
     return [f"{names(which)}: {reason}" for reason, which in skipped.items()]
 
 
-def names(paths: Sequence[object]) -> str:
+def names(paths: Collection[object]) -> str:
     """Join the names of paths: at most three, and how many more there are."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(map(str, paths[:3])) + more
+    return ", ".join(map(str, islice(paths, 3))) + more

@@ -28,6 +28,7 @@ from maskwire.data.row_packing import OPEN_ROWS
 from maskwire.data.text_sources import Paths, Source, find_sources, identity_of
 from maskwire.data.tokenizer import (
     HAS_MASK,
+    HAS_PAD,
     NOT_ENCODABLE,
     TOKENIZER_FILE,
     ByteTokenizer,
@@ -43,7 +44,7 @@ _BATCH_BYTES, _BATCH_RECORDS = 2**20, 1024  # tokenized in parallel on all cores
 _SAVE_BYTES, _SAVE_SECONDS = 2**26, 10.0  # of text, between two saves of the progress
 _LONGEST_ROW = 2**20  # tokens; model.max_seq_len allows no more
 NO_TOKENS = "no tokens"
-_SKIPPED = frozenset({INVALID, NOT_ENCODABLE, HAS_MASK})  # dropped only with skip_invalid
+_SKIPPED = frozenset({INVALID, NOT_ENCODABLE, HAS_MASK, HAS_PAD})  # dropped only with skip_invalid
 _SKIP = "to drop and count such records instead, use --skip-invalid (skip_invalid=True)"
 
 

@@ -25,7 +25,7 @@ from maskwire.data.token_documents import Documents
 MASK_ID_OF_BYTES, END_ID_OF_BYTES = 256, 257
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIGURATIONS = ("special_tokens_map.json", "tokenizer_config.json")  # the second takes precedence
-NOT_ENCODABLE, HAS_MASK = "cannot be encoded", "contains the mask token"
+NOT_ENCODABLE, HAS_MASK, HAS_PAD = "cannot be encoded", "contains the mask token", "contains the pad token"
 """Why a record is dropped if invalid records are skipped."""
 _NAMES = {
     "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "<MASK>"),
@@ -168,7 +168,7 @@ class FileTokenizer:
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
         """Yield the ids of each record; None for a record whose text has only special tokens, or none.
 
-        Raises InvalidRecordError for a text that cannot be encoded or contains the mask token.
+        Raises InvalidRecordError for a text that cannot be encoded, or contains the mask or the pad token.
         """
         texts = self._encodings(records, [record.content() for record in records])
         with_prompt = [record for record in records if record.prompt is not None]
@@ -180,21 +180,22 @@ class FileTokenizer:
             if not own:
                 yield None
                 continue
-            if self.mask_id in own or (prompt and self.mask_id in prompt):
-                raise InvalidRecordError(self._has_mask(record.name), HAS_MASK)
+            for reason, id_ in ((HAS_MASK, self.mask_id), (HAS_PAD, self.pad_id)):
+                if id_ in own or (prompt and id_ in prompt):
+                    raise InvalidRecordError(self._has_special(record.name, reason, id_), reason)
             given = [*self.start, *(prompt or [])]
             yield Encoded(
                 [np.array([*given, *own, *self.end], dtype=np.int64)],
                 0 if record.prompt is None else len(given),
             )
 
-    def _has_mask(self, name: str) -> str:
-        token = self._loaded.id_to_token(self.mask_id)
+    def _has_special(self, name: str, reason: str, id_: int | None) -> str:
+        token = self._loaded.id_to_token(id_)
         parsed = not self._loaded.encode_special_tokens
         advice = "leave out --parse-special-tokens to encode it as plain text, or " if parsed else ""
         return (
-            f"{name}: it contains the mask token {token!r} (id {self.mask_id}), and training refuses rows "
-            f"with the mask id; {advice}remove the token from the text"
+            f"{name}: it {reason} {token!r} (id {id_}), and training refuses rows with this id; {advice}remove "
+            "the token from the text"
         )
 
     def encode_part(self, text: str, *, continued: bool = False) -> list[int]:
