@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -149,6 +149,11 @@ def check_rows(tokens: Any, name: str = "tokens") -> None:
             f"{name} must be rows of token ids, got {type(tokens).__name__}: pass its 'input_ids', with "
             "lengths=attention_mask.sum(1) if the rows are padded on the right"
         )
+    if isinstance(tokens, Sequence) and tokens and hasattr(tokens[0], "segment_ids"):
+        raise TypeError(
+            f"{name} must be rows of token ids or one maskwire.Batch, got several: train_step(batches=[...]) "
+            "trains on several as one batch"
+        )
     if isinstance(tokens, str | bytes):
         raise TypeError(
             f"{name} must be rows of token ids, got {type(tokens).__name__}: encode the text; for a model of "
@@ -159,6 +164,13 @@ def check_rows(tokens: Any, name: str = "tokens") -> None:
             f"{name} must be rows of token ids, as an array of shape [rows, columns] or a list of rows, got "
             f"{type(tokens).__name__}"
         )
+
+
+def check_given_once(**about: Any) -> None:
+    """Raise TypeError if an argument is given that a `Batch` has, beside the `Batch`."""
+    for name, value in about.items():
+        if value is not None:
+            raise TypeError(f"{name} cannot be given with a Batch: use maskwire.Batch(rows, {name}=...)")
 
 
 def check_data(call: str, data: Any) -> None:

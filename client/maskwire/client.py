@@ -214,8 +214,8 @@ class Trainer(TrainerProperties, Client):
     def train_step(self, tokens: Any = None, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch, and return its StepResult once the step is durable.
 
-        tokens: Integer ids as an array, a list or a torch tensor of shape [rows, columns], or a list of rows
-            that may differ in length. None if `batches` are given.
+        tokens: Integer ids as an array, a list or a torch tensor of shape [rows, columns], a list of rows
+            that may differ in length, or a `maskwire.Batch`. None if `batches` are given.
 
         The rows of all `batches` form one batch: the step, its losses and its digest are those of a call with
         all the rows, and the limits of one batch apply to the rows of all `batches` together.

@@ -312,6 +312,15 @@ def test_ctrl_c_while_a_callback_stops_returns_interrupted() -> None:
     assert (result.interrupted, result.stopped) == (True, False)
 
 
+def test_ctrl_c_at_the_end_returns_interrupted() -> None:
+    class Ends(Recording):
+        def on_end(self, result: Any) -> None:
+            raise KeyboardInterrupt
+
+    result = fit(Saving(), Numbered(), until_step=4, callbacks=[Ends()], progress=False)
+    assert (result.step, result.interrupted) == (4, True)
+
+
 def test_a_batch_says_its_lengths_and_prompts_and_a_function_the_learning_rate(tmp_path: Path) -> None:
     class Described:
         def batch(self, step: int) -> Any:

@@ -134,11 +134,27 @@ def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
         (lambda: encode_batch([[1], [2, 3]], lengths=[1, 2]), "left out"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((2, 3))), "must have type bool"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((1, 3), dtype=bool)), "must have type bool"),
+        (lambda: encode_batch(IDS, segment_ids=[[0, 0, 0], [0, 0, 2**31]]), "2.31 - 1, got 2147483648"),
+        (lambda: encode_batch(IDS, segment_ids=[[0, 0, 0], [-1, 0, 0]]), "from 0 to 2.31 - 1, got -1"),
+        (
+            lambda: encode_batch((IDS, [3, 3])),
+            r"row 0 must be a row of ids, got shape \[2, 3\]; .*maskwire\.Batch",
+        ),
+        (lambda: encode_batch([Batch(IDS), Batch(IDS)]), r"one maskwire\.Batch, got several"),
+        (lambda: encode_batch(Batch(IDS), lengths=[1, 1]), r"lengths cannot be given with a Batch"),
     ],
 )
 def test_what_makes_no_batch_is_refused_before_it_travels(call: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_a_batch_makes_the_message_of_its_rows_and_what_describes_them() -> None:
+    about: dict[str, Any] = {"lengths": [3, 2], "segment_ids": [[0, 0, 1], [0, 1, 0]], "prompt_mask": MASK}
+    expected = encode_batch(IDS, 1000, **about)
+    assert expected.segment_ids
+    assert encode_batch(Batch(IDS, **about), 1000) == expected
+    assert step_request("r", Batch(IDS, **about), 1000).batch == expected
 
 
 MASK = np.array([[True, False, True], [False, True, False]])

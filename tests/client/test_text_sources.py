@@ -133,7 +133,7 @@ def test_a_data_set_is_taken_as_an_object_too(tmp_path: Path) -> None:
     streamed = dataset.to_iterable_dataset()
     assert batches(open_data(streamed, text_field="body", **OPTIONS)) == expected
     with pytest.raises(
-        ValueError, match="there is no field 'text'; the fields are body, other: select with --text-f"
+        ValueError, match="there is no field 'text'; the fields are 'body', 'other': select with --text-f"
     ):
         open_data(dataset, **OPTIONS)
     with pytest.raises(
@@ -183,7 +183,7 @@ def test_texts_and_records_in_a_folder_are_read_together_unless_a_field_is_named
     [
         (
             '{"text": "a"}\n{"body": "b"}\n',
-            r"a\.jsonl, line 2: there is no field 'text'; the fields are body",
+            r"a\.jsonl, line 2: there is no field 'text'; the fields are 'body'",
         ),
         ('{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3: the line is not valid JSON"),
         ('["a"]\n', r"a\.jsonl, line 1: the line must be a JSON object .*got list"),
@@ -206,7 +206,7 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,other\na,b\nc\n")
     with pytest.raises(ValueError, match=r"a\.csv, row 2: the row has 1 fields, but the header"):
         open_data(tmp_path / "a.csv", text_field="text", **OPTIONS)
-    with pytest.raises(ValueError, match=r"a\.csv: there is no field 'body'; the fields are text, other"):
+    with pytest.raises(ValueError, match=r"a\.csv: there is no field 'body'; the fields are 'text', 'other'"):
         open_data(tmp_path / "a.csv", text_field="body", **OPTIONS)
     pytest.importorskip("pyarrow")
     for name, head in (("a.parquet", b"PAR1"), ("a.arrow", b"ARROW1")):

@@ -147,7 +147,8 @@ def _matches(path: Path, skipped: Skipped) -> list[Path]:
 def _glob(folder: Path, parts: tuple[str, ...], skipped: Skipped) -> set[Path]:
     """Return the paths in a folder that match the parts of a glob."""
     if "**" not in parts:
-        return {folder / each for each in glob.glob(str(Path(*parts)), root_dir=folder)}
+        pattern = str(Path(*parts))
+        return {folder / each for each in glob.glob(pattern, root_dir=folder)}  # noqa: PTH207 (skips hidden files)
     place = parts.index("**")
     roots = _glob(folder, parts[:place], skipped) if place else {folder}
     inner = {each for root in roots for each in _folders(root, skipped)}
@@ -256,8 +257,8 @@ def select(
     if not data and not may_be_empty:
         if NO_FIELDS in skipped:
             raise ValueError(
-                f"{names(skipped[NO_FIELDS])}: {NO_FIELDS}; to read texts, leave out the options that name "
-                "fields"
+                f"{names(skipped[NO_FIELDS])}: {NO_FIELDS}; unpack compressed files first; to read texts, "
+                "leave out the options that name fields"
             )
         raise ValueError(f"no data found in the given paths: {names(skipped[OWN])}: {OWN}; give other data")
     for words in reasons(skipped):

@@ -111,7 +111,7 @@ class Fields:
         """Return the error for a record that lacks a field. The caller adds where the record is."""
         wanted = next(field for field in self.names if field not in found)
         option = "--text-field" if self.prompt is None else "--prompt-field and --response-field"
-        shown = ", ".join(found[:10]) or "none"
+        shown = ", ".join(map(repr, found[:10])) or "none"
         return ValueError(f"there is no field {wanted!r}; the fields are {shown}: select with {option}")
 
     def item(self, name: str, values: list[Any], place: int, done: int) -> Item:

@@ -10,6 +10,7 @@ raised, because it is not known where the next record begins.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -38,7 +39,7 @@ def read_json_lines(name: str, opened: Open, fields: Fields, start: int) -> Iter
         after = f" after byte {start:,}" if start else ""
         for number, line in enumerate(file, 1):
             place += len(line)
-            if not line.strip():
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
                 continue
             try:
                 yield _from_line(f"{name}, line {number:,}{after}", line, fields, place)

@@ -194,8 +194,8 @@ class FileTokenizer:
         parsed = not self._loaded.encode_special_tokens
         advice = "leave out --parse-special-tokens to encode it as plain text, or " if parsed else ""
         return (
-            f"{name}: it {reason} {token!r} (id {id_}), and training refuses rows with this id; {advice}remove "
-            "the token from the text"
+            f"{name}: it {reason} {token!r} (id {id_}), and training refuses rows with this id; {advice}"
+            "remove the token from the text"
         )
 
     def encode_part(self, text: str, *, continued: bool = False) -> list[int]:

@@ -143,7 +143,10 @@ def fit(
         yield from _end(loggers, calls)
         raise
     else:
-        yield from _end(loggers, calls)
+        try:
+            yield from _end(loggers, calls)
+        except KeyboardInterrupt:
+            result.interrupted = True
     finally:
         window.forget()
         loggers.abandon()  # for a cancelled task, which skips `_end`; otherwise they are closed already

@@ -53,7 +53,8 @@ def encode_batch(
 ) -> pb.TokenBatch:
     """Make a TokenBatch from rows of token ids.
 
-    tokens: An integer array [rows, columns], or a list of rows that may differ in length.
+    tokens: An integer array [rows, columns], a list of rows that may differ in length, or a `Batch`, which
+        has its own lengths, prompt mask and segment ids.
     num_tokens: The size of the vocabulary; 0 if not known.
     lengths: Integers [rows]. The positions after a row's length are padding and are not sent.
     prompt_mask: A bool array [rows, columns], True for positions that are given and never masked. For rows
@@ -62,6 +63,10 @@ def encode_batch(
         from 0 that do not decrease within a row.
     into: An empty TokenBatch to fill. Pass a request's own batch field to avoid copying the ids.
     """
+    if isinstance(tokens, Batch):
+        arguments.check_given_once(lengths=lengths, prompt_mask=prompt_mask, segment_ids=segment_ids)
+        about = {name: value for name, value in vars(tokens).items() if name != "tokens"}
+        return encode_batch(tokens.tokens, num_tokens, **about, into=into)
     arguments.check_rows(tokens)
     if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
         if lengths is not None:
@@ -70,6 +75,12 @@ def encode_batch(
         if empty is not None:
             raise ValueError(f"tokens: row {empty} is empty; leave this row out")
         rows = [to_array(row) for row in tokens]
+        for number, row in enumerate(rows):
+            if row.ndim != 1:
+                raise ValueError(
+                    f"tokens: row {number} must be a row of ids, got shape {list(row.shape)}; to pass lengths, "
+                    "a prompt mask or segment ids with the rows, use maskwire.Batch"
+                )
         sizes = np.array([row.size for row in rows], dtype=np.int32)
         ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
         sent = np.ones(ids.shape, dtype=bool)
@@ -115,7 +126,11 @@ def _segments(segment_ids: Any, sent: npt.NDArray[np.bool_]) -> npt.NDArray[np.i
         raise ValueError(
             f"segment_ids must have one number per token, shape {list(sent.shape)}, got {list(numbers.shape)}"
         )
-    return numbers[sent]
+    found = numbers[sent]
+    low, high = int(found.min(initial=0)), int(found.max(initial=0))
+    if low < 0 or high >= 2**31:
+        raise ValueError(f"segment_ids must be from 0 to 2^31 - 1, got {low if low < 0 else high}")
+    return found
 
 
 def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
@@ -190,14 +205,8 @@ def encode_batches(batches: Iterable[Any], num_tokens: int, into: pb.TokenBatch)
     """
     encoded = []
     for index, given in enumerate(batches):
-        batch = given if isinstance(given, Batch) else Batch(given)
-        about = {
-            "lengths": batch.lengths,
-            "prompt_mask": batch.prompt_mask,
-            "segment_ids": batch.segment_ids,
-        }
         try:
-            encoded.append(encode_batch(batch.tokens, num_tokens, **about))
+            encoded.append(encode_batch(given, num_tokens))
         except (TypeError, ValueError) as error:
             raise type(error)(f"batches[{index}]: {error}") from error
     if not encoded:
