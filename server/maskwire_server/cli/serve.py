@@ -47,7 +47,7 @@ def serve(
         int | None, typer.Option(min=1, help="Train with this many processes on this host (docs/scale.md).")
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="With --ranks: the number of hosts.  [default: 1]")
+        int | None, typer.Option(min=1, help="With --ranks: the number of hosts. 1 by default.")
     ] = None,
     rendezvous: Annotated[
         str | None,
