@@ -78,8 +78,8 @@ def encode_batch(
         for number, row in enumerate(rows):
             if row.ndim != 1:
                 raise ValueError(
-                    f"tokens: row {number} must be a row of ids, got shape {list(row.shape)}; to pass a prompt "
-                    "mask, lengths or segment ids with the rows, use maskwire.Batch"
+                    f"tokens: row {number} must be a row of ids, got shape {list(row.shape)}; use "
+                    "maskwire.Batch to pass lengths, a prompt mask or segment ids with the rows"
                 )
         sizes = np.array([row.size for row in rows], dtype=np.int32)
         ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
