@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": {"name": "muon"}},
 }
 BF16: dict[str, Any] = {"replicate": 1, "objective": {**SELF_CRITIC, "self_cond_prob": 1.0}}
-PARTS = {"bf16": {**BF16, "serve": {"precision": "bf16"}}}
+PARTS = {"bf16": {**BF16, "serve": {"precision": "bf16"}, "steps": 1}}
+"""One step: logits are rounded, so that in one of ten steps the critic is given another sampled id."""
 WHOLE = {"bf16, one part": {**BF16, "serve": {"precision": "bf16", "micro_batch_tokens": 4096}}}
 """Passes of a micro-batch share weights, but not the copies that autocast makes of them."""
 MODERN = {
@@ -254,5 +256,5 @@ def test_ranks_train_adapters_as_one_process_does(size: int, tmp_path: Path) -> 
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`: it waits for a collective's end")
 def test_a_rank_without_an_empty_part_is_found(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"imed out|Connection closed"):
-        compare(tmp_path, 2, 1, {"plain": {"replicate": 1, "rows": 1, "bug": "no empty part"}})
+    found = compare(tmp_path, 2, 1, {"plain": {"replicate": 1, "rows": 1, "bug": "no empty part"}})
+    assert re.search(r"imed out|Connection closed", found["plain"]["error"])
