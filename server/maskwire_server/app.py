@@ -116,7 +116,7 @@ def serve(
         server = Server(engine, config.serve, engine.events.publish)
         sources = telemetry.Sources(
             config.run.dir, JOURNAL_FILE, tokenizer_files.FOLDER, engine.status, device_memory,
-            lambda: engine.tokenizer.of_run(),
+            engine.kept_tokenizer.of_run,
         )  # fmt: skip
         telemetry.start(config.telemetry, sources, engine.events.subscribe)
     except ConfigError as error:

@@ -69,7 +69,7 @@ class Engine:
         self._run.conditions.last_error = options.last_error
         self._catalogue = Catalogue()
         self._checkpoints = Checkpoints(options.run_dir, catalogue=self._catalogue)
-        self._tokenizer = KeptTokenizer(options.run_dir, self._run)
+        self.kept_tokenizer = KeptTokenizer(options.run_dir, self._run)
         self._disk = Reserve(options.run_dir, options.serve.reserve_bytes)
         self._saver = Saver(
             self._checkpoints, self._catalogue, options.checkpoints, options.configuration, self._versions,
@@ -228,7 +228,7 @@ class Engine:
     def tokenizer(self) -> KeptTokenizer:
         """The tokenizer of the run's data. Raises Refused until the run is served."""
         self._unanswered.require_serving()
-        return self._tokenizer
+        return self.kept_tokenizer
 
     def status(self) -> RunStatus:
         """Report state, progress and what the run is waiting for. Never waits for the device or the disk."""

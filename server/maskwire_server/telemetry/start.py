@@ -11,7 +11,7 @@ from pathlib import Path
 from maskwire.v1 import tracing
 from maskwire.v1.values import TokenizerDescription
 from maskwire_server.config import TelemetryConfig
-from maskwire_server.errors import ConfigError, Refused
+from maskwire_server.errors import ConfigError
 from maskwire_server.events import Subscriber
 from maskwire_server.run_status import RunStatus
 from maskwire_server.telemetry import log_formats
@@ -46,14 +46,7 @@ class Sources:
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
         """Return a function that decodes ids of the run to text."""
-        return decoder(self.status().model, self._tokenizer, self._of_data)
-
-    def _of_data(self) -> TokenizerDescription | None:
-        """The tokenizer of the run's data; None if there is none, or while the run is not served."""
-        try:
-            return self._tokenizer_of_data()
-        except Refused:
-            return None
+        return decoder(self.status().model, self._tokenizer, self._tokenizer_of_data)
 
     def _journal_bytes(self) -> int | None:
         """The size of the journal's database and its write-ahead log, in bytes; None if it cannot be read."""

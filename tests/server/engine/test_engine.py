@@ -36,7 +36,7 @@ from rig import (
 )
 
 from maskwire.v1.digest import step_digest
-from maskwire.v1.values import Outcome, RunState
+from maskwire.v1.values import Outcome, RunState, TokenizerDescription
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.engine import Engine
@@ -896,6 +896,19 @@ def test_a_pretrained_model_takes_no_bytes(rig: Rig) -> None:
     assert refusal.reason == "TOKENIZER_MISMATCH"
     assert "prepare the data with the model's tokenizer.json" in str(refusal)
     engine.open_session(SessionRequest("job", "b", tokenizer="sha256:1")).result(WAIT)
+
+
+def test_the_kept_tokenizer_is_read_during_a_shutdown_too(rig: Rig) -> None:
+    """The last samples are written while the server shuts down."""
+    engine = rig.start()
+    session = open_session(engine, tokenizer="bytes")
+    engine.train_step(StepRequest(payload(1), session, 1)).result(WAIT)
+    kept = TokenizerDescription("bytes", document_end=(257,))
+    engine.tokenizer.keep(kept)
+    engine.close()
+    with pytest.raises(Refused):
+        _ = engine.tokenizer
+    assert engine.kept_tokenizer.of_run() == kept
 
 
 def test_the_tokenizer_is_kept_from_the_first_step_on(rig: Rig) -> None:
