@@ -166,11 +166,11 @@ def check_rows(tokens: Any, name: str = "tokens") -> None:
         )
 
 
-def check_given_once(**about: Any) -> None:
-    """Raise TypeError if an argument is given that a `Batch` has, beside the `Batch`."""
+def check_not_given(beside: str, **about: Any) -> None:
+    """Raise TypeError for an argument that belongs in a `Batch`. `beside` names what was given with it."""
     for name, value in about.items():
         if value is not None:
-            raise TypeError(f"{name} cannot be given with a Batch: use maskwire.Batch(rows, {name}=...)")
+            raise TypeError(f"{name} cannot be given with {beside}: use maskwire.Batch(rows, {name}=...)")
 
 
 def check_data(call: str, data: Any) -> None:

@@ -142,6 +142,9 @@ def test_a_recursive_glob_follows_no_link_to_a_folder(
         for each in ("deep/loop", "link"):
             assert sum(message.count(f"{files[0].parent}/{each}") for message in caplog.messages) == 1, glob
     assert [str(path) for path in find_files("outer/*.txt")] == ["outer/a.txt"], "a link that is named"
+    (tmp_path / "text.txt").write_text(TEXT)
+    found = [str(path) for path in find_files("text*/**/*.txt")]
+    assert found == ["texts/a.txt", "texts/deep/b.txt"], "a file has no files in it"
 
 
 def test_a_broken_link_that_is_named_or_matched_by_a_glob_is_refused(tmp_path: Path) -> None:

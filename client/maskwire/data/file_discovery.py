@@ -151,7 +151,7 @@ def _glob(folder: Path, parts: tuple[str, ...], skipped: Skipped) -> set[Path]:
         return {folder / each for each in glob.glob(pattern, root_dir=folder)}  # noqa: PTH207 (skips hidden files)
     place = parts.index("**")
     roots = _glob(folder, parts[:place], skipped) if place else {folder}
-    inner = {each for root in roots for each in _folders(root, skipped)}
+    inner = {each for root in roots if root.is_dir() for each in _folders(root, skipped)}
     rest = parts[place + 1 :]
     return {found for each in inner for found in _glob(each, rest, skipped)} if rest else inner
 

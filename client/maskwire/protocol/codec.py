@@ -74,24 +74,15 @@ def step_request(
     about = {"lengths": lengths, "prompt_mask": prompt_mask, "segment_ids": segment_ids}
     request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, **modes)
     if batches is not None:
-        _check_alone(tokens, about)
+        if tokens is not None:
+            raise TypeError("train_step() takes tokens or batches, got both: add the tokens to batches")
+        arguments.check_not_given("batches", **about)
         encode_batches(batches, num_tokens, request.batch)
     elif tokens is None:
         raise TypeError("train_step() needs token ids, but tokens is None: pass tokens, or batches=[...]")
     else:
         encode_batch(tokens, num_tokens, **about, into=request.batch)
     return request
-
-
-def _check_alone(tokens: Any, about: dict[str, Any]) -> None:
-    """Raise TypeError for arguments that cannot be combined with `batches`."""
-    if tokens is not None:
-        raise TypeError("train_step() takes tokens or batches, got both: add the tokens to batches")
-    for name, value in about.items():
-        if value is not None:
-            raise TypeError(
-                f"{name} cannot be given with batches: use batches=[maskwire.Batch(rows, {name}=...), ...]"
-            )
 
 
 def eval_request(

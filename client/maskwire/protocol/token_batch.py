@@ -64,7 +64,9 @@ def encode_batch(
     into: An empty TokenBatch to fill. Pass a request's own batch field to avoid copying the ids.
     """
     if isinstance(tokens, Batch):
-        arguments.check_given_once(lengths=lengths, prompt_mask=prompt_mask, segment_ids=segment_ids)
+        arguments.check_not_given(
+            "a Batch", lengths=lengths, prompt_mask=prompt_mask, segment_ids=segment_ids
+        )
         about = {name: value for name, value in vars(tokens).items() if name != "tokens"}
         return encode_batch(tokens.tokens, num_tokens, **about, into=into)
     arguments.check_rows(tokens)

@@ -226,7 +226,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> KeptTokenizer:
-        """The tokenizer of the run's data. Raises Refused until the run is served."""
+        """`kept_tokenizer`, for a request. Raises Refused unless requests are accepted."""
         self._unanswered.require_serving()
         return self.kept_tokenizer
 

@@ -28,7 +28,7 @@ LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16
 _EXIT_STATUS = 49
-"""The place of `exit_code`, which is field 52 of /proc/PID/stat (proc_pid_stat(5)), after the first two."""
+"""Index of `exit_code`, field 52 of /proc/PID/stat (proc_pid_stat(5)), in the fields after the name, the second."""
 
 OnLoss = Callable[[str, bool], None]
 """Called on a background thread with a description of the loss, and whether the batch that is being computed
@@ -199,7 +199,7 @@ def _read_until_gone(link: socket.socket, timeout: float, pid: int | None) -> tu
 
 
 def how_it_ended(pid: int) -> str:
-    """How a process of this host ended, in words for after its name; "ended" if the kernel no longer knows.
+    """Describe how a process of this host ended, to follow its name; "ended" if the kernel no longer knows.
 
     The kernel knows until the process's parent has collected its exit status, which torch's launcher does
     within a tenth of a second.
@@ -211,9 +211,8 @@ def how_it_ended(pid: int) -> str:
         return "ended"
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        if number == signal.SIGKILL:
-            return "was killed by SIGKILL (if nobody did this, the host was out of memory: see `dmesg`)"
-        return f"was killed by {signal.Signals(number).name}"
+        killed = f"was killed by signal {number} ({signal.strsignal(number)})"
+        return f"{killed}, perhaps for lack of memory; check dmesg" if number == signal.SIGKILL else killed
     return f"ended with exit code {code}" if (code := os.WEXITSTATUS(status)) else "ended"
 
 

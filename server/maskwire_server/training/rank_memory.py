@@ -202,7 +202,7 @@ def layouts(
     fits = configured in fitting
     lines += [
         f"configured      replicate {distributed.replicate} x shard {configured}: "
-        f"{'fits' if fits else 'see above why it cannot be used'}",
+        f"{'fits' if fits else 'cannot be used, see above'}",
         _advice(fitting, machines),
     ]
     parts = {"generator": networks.generator, "critic": networks.critic}
