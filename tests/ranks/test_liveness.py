@@ -58,7 +58,8 @@ JOINS = (
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
-        ("os.kill(os.getpid(), 9)", "was killed by signal 9 (Killed), perhaps for lack of memory; check dmesg"),
+        ("os.kill(os.getpid(), 9)", "was killed by signal 9 (Killed), perhaps for lack of memory; "
+         "check dmesg"),
         ("os.kill(os.getpid(), 11)", "was killed by signal 11 (Segmentation fault)"),
         ("os.kill(os.getpid(), 35)", "was killed by signal 35 (Real-time signal 1)"),
         ("os._exit(70)", "ended with exit code 70"),

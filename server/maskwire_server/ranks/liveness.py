@@ -28,7 +28,7 @@ LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16
 _EXIT_STATUS = 49
-"""Index of `exit_code`, field 52 of /proc/PID/stat (proc_pid_stat(5)), in the fields after the name, the second."""
+"""Index of `exit_code` (field 52 in proc_pid_stat(5)) in the fields that follow the process's name."""
 
 OnLoss = Callable[[str, bool], None]
 """Called on a background thread with a description of the loss, and whether the batch that is being computed
