@@ -54,7 +54,10 @@ class NullTrainer:
     def warm_up(self) -> None:
         pass
 
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:  # noqa: ARG002
+    def prepare_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> None:
+        pass
+
+    def train_step(self, *arguments: object) -> StepResult:  # noqa: ARG002
         return StepResult(Outcome.APPLIED, Losses(1.0, 1.0), 1.0)
 
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:

@@ -220,7 +220,7 @@ def measure_front() -> Front:
     how = (ObjectiveConfig(), Vocabulary(257, 256, None), StepKey(0, 1, 1))
 
     def draw() -> object:
-        masking = Masking.of(batch, *how, [(everything, columns)])
+        masking = Masking.of(batch.maskable_s, *how, [(everything, batch.maskable_rn)])
         return masking.corrupt(everything, *batch.take(everything, columns))
 
     with tempfile.TemporaryDirectory() as folder, sqlite3.connect(Path(folder) / "journal.sqlite") as base:

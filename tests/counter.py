@@ -45,6 +45,7 @@ class CounterTrainer:
     def __init__(self) -> None:
         self.state = hashlib.sha256(b"start").hexdigest()
         self.trained: list[tuple[int, int]] = []
+        self.prepared: list[tuple[int, int, Batch, Modes]] = []
         self.passes = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -73,9 +74,16 @@ class CounterTrainer:
     def warm_up(self) -> None:
         pass
 
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+    def prepare_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> None:
+        self.prepared.append((lineage, step, batch, modes))
+
+    def train_step(
+        self, lineage: int, step: int, batch: Batch, modes: Modes, meanwhile: Callable[[], None] | None = None
+    ) -> StepResult:
         self.entered.release()
         self.gate.wait(60)
+        if meanwhile is not None:
+            meanwhile()
         first = int(batch.ids.flat[0])
         if first == FAIL_ID:
             raise RuntimeError("the secret of the failing batch")

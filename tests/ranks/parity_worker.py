@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -159,9 +159,13 @@ def _null_embedding_as_an_input(networks: Networks, e_bnd: Tensor | None) -> Ten
     return e_bnd
 
 
-def _rows_from_0(*given: Any) -> list[Any]:
+def _rows_from_0(ranks: ManyRanks, lengths: Sequence[int], *others: Any) -> list[Any]:
     numbers = itertools.count()
-    return [part and ([next(numbers) for _ in part[0]], part[1]) for part in _parts(*given)]
+    found: list[Any] = []
+    for part in _parts(ranks, lengths, *others):
+        rows = [next(numbers) for _ in part[0]] if part else []
+        found.append((rows, max(lengths[row] for row in rows)) if rows else None)
+    return found
 
 
 class Comparison:
@@ -261,13 +265,13 @@ class Comparison:
         return batch(number, **shape)
 
     def _gradients(self, trainer: TorchTrainer, number: int, modes: Modes) -> dict[str, Tensor]:
-        sums = trainer._gradients(
-            trainer._host(self._batch(number)), modes, StepKey(3, 1, number), trainer._ranks
-        )
+        host = trainer._host(self._batch(number))
+        sums = trainer._gradients(trainer._prepared(host, modes, StepKey(3, 1, number)))
         trainer._ranks.add(sums.sums)
         trainer._ranks.agree(f"gradients of step {number}")
         norm = optimizers.clip(trainer._learners(modes), None, trainer._ranks)
-        losses = [each or 0.0 for each in sums.read(norm)]
+        losses, norm_value = sums.read(norm, 1.0, modes)
+        figures = [losses.loss, losses.generator_loss or 0.0, losses.critic_loss or 0.0, norm_value]
         found = {
             f"{part}.{name}": whole(weight.grad).clone()
             for part, group in trainer._groups().items()
@@ -275,7 +279,7 @@ class Comparison:
             if weight.grad is not None
         }
         trainer._clear_gradients()
-        return found | {"losses and norm": torch.tensor(losses, dtype=torch.float64)}
+        return found | {"losses and norm": torch.tensor(figures, dtype=torch.float64)}
 
     def _note(self, what: str, found: Tensor, expected: Tensor) -> None:
         """Note a difference, relative to the largest number of a tensor."""

@@ -175,7 +175,7 @@ class World:
     def usable_after(self, error: BaseException) -> bool:
         return True
 
-    def train_step(self, lineage: int, number: int, batch: Any, modes: Any) -> StepResult:
+    def train_step(self, *arguments: Any) -> StepResult:
         """As the device does, at the end of the step's time."""
         assert self.computing is not None
         if self.kinds[self.index_of(self.computing)] == FAILING:

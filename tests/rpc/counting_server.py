@@ -25,7 +25,7 @@ from faults import Fault
 
 from maskwire_server import config, failpoints
 from maskwire_server.app import serve
-from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.batch import Prompts
 from maskwire_server.engine import step_timeout
 from maskwire_server.results import EvalResult, GenerateOptions, GenerationState, StepResult
 
@@ -35,12 +35,12 @@ class SlowTrainer(CounterTrainer):
     hold_file: Path | None = None
     hanging = ""
 
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+    def train_step(self, lineage: int, step: int, *arguments: Any) -> StepResult:
         logging.info("a step begins: %d", step)
         while self.hold_file is not None and self.hold_file.exists():
             time.sleep(0.002)
         time.sleep(self.seconds)
-        return super().train_step(lineage, step, batch, modes)
+        return super().train_step(lineage, step, *arguments)
 
     def eval_loss(self, *arguments: Any) -> EvalResult:
         self.hang("eval_loss")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 
 from maskwire.v1.digest import step_digest
 from maskwire.v1.values import Losses, Outcome, RunState
@@ -224,10 +224,14 @@ class Executor:
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            watch = self._quarantine.watch(payload_hash) if self._quarantine else nullcontext()
+            watch = self._quarantine.watch(payload_hash) if self._quarantine else contextlib.nullcontext()
             with watch, guarded(self._trainer):
                 result = self._trainer.train_step(
-                    self._run.head.computed.lineage, step.number, payload.batch, payload.modes
+                    self._run.head.computed.lineage,
+                    step.number,
+                    payload.batch,
+                    payload.modes,
+                    self._prepare_next,
                 )
         try:
             step.ended = self._clock()
@@ -239,6 +243,17 @@ class Executor:
                 f"step {step.number} was computed but could not be recorded: {error}; the server must restart"
             ) from error
         return result
+
+    def _prepare_next(self) -> None:
+        """Let the trainer prepare the step after the current one, if it is in the queue already."""
+        number = self._run.head.computed.step + 2
+        with self._run.mutex:
+            entry = self._run.queue.first()
+        if not isinstance(entry, Step) or entry.abandoned or entry.request.step not in (None, number):
+            return
+        payload = entry.request.payload
+        with contextlib.suppress(Exception):  # the step itself will raise it again
+            self._trainer.prepare_step(self._run.head.computed.lineage, number, payload.batch, payload.modes)
 
     def _consume(self, step: Step, result: StepResult) -> None:
         """Append a computed step to the run's history, and pass it to the committer."""

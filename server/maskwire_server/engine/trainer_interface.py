@@ -9,11 +9,11 @@ from typing import Protocol
 
 from maskwire.v1.values import ModelInfo
 from maskwire_server import failpoints
-from maskwire_server.batch import Batch, Prompts
+from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.errors import DeviceLost, MaskwireError
 from maskwire_server.recovery.trainer_interface import ReplayTrainer
-from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState
+from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,20 @@ class Trainer(ReplayTrainer, Protocol):
 
     def warm_up(self) -> None:
         """Compute a training step, and discard its result."""
+
+    def prepare_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> None:
+        """Do what a step needs apart from the weights, before `train_step` is called with the same arguments.
+
+        Errors may be ignored: `train_step` raises them again.
+        """
+
+    def train_step(
+        self, lineage: int, step: int, batch: Batch, modes: Modes, meanwhile: Callable[[], None] | None = None
+    ) -> StepResult:
+        """Compute one training step and update the weights.
+
+        `meanwhile` is called while the device computes. It may call `prepare_step`, and raises no errors.
+        """
 
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
         """Evaluate one batch. Raises Unwanted soon after `wanted` returns False."""

@@ -92,8 +92,14 @@ class LeaderTrainer:
         if self._place.wanted(self._member.place.size):
             self._sharded = self._place.decide(self._ranks_without_folder())
 
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        """Train one step on all ranks, and return its result."""
+    def prepare_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> None:
+        """Do nothing: the other ranks get a batch when its step begins, and this rank would wait for them."""
+
+    def train_step(
+        self, lineage: int, step: int, batch: Batch, modes: Modes, meanwhile: Callable[[], None] | None = None
+    ) -> StepResult:
+        """Train one step on all ranks, and return its result. `meanwhile` is not called."""
+        del meanwhile
         self._trainer.check_modes(modes)
         order = Order("train_step", {"lineage": lineage, "step": step}, Payload(batch, modes).encode())
         return self._together(order, lambda: self._trainer.train_step(lineage, step, batch, modes))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskwire.v1.values import Losses
+from maskwire_server.batch import Modes
+from maskwire_server.training.evaluation_figures import combine
 from maskwire_server.training.objective import PartLosses
 
 
@@ -23,10 +26,11 @@ class BatchLosses:
         critic = torch.zeros_like(part.generator) if part.critic is None else part.critic
         self.sums += torch.stack((part.generator, critic)).detach()
 
-    def read(self, norm: Tensor) -> tuple[float, float | None, float]:
-        """Return the generator's loss, the critic's loss (None if not computed) and the gradient norm.
+    def read(self, norm: Tensor, critic_weight: float, modes: Modes) -> tuple[Losses, float]:
+        """Wait for the device, and return the step's losses and its gradient norm.
 
-        All three are copied to the host together, because each copy waits for the device.
+        All are copied to the host together, because each copy waits for the device.
         """
         generator, critic, norm_value = torch.cat((self.sums, norm.double().view(1).to(self.sums))).tolist()
-        return generator, critic if self._critic else None, norm_value
+        losses = combine(generator, critic if self._critic else None, critic_weight, modes.only_train_critic)
+        return losses, norm_value

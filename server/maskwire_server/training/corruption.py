@@ -17,8 +17,7 @@ from torch import Tensor
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import draws, masking_schedule
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.micro_batch_split import Part
-from maskwire_server.training.tensor_batch import TensorBatch
+from maskwire_server.training.upload import upload
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,10 @@ class Corruption:
 
 def empty_part(device: torch.device) -> Corruption:
     """Make a sequence of one position that cannot be masked, for a rank that has no rows left to compute."""
-    ids, no = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    no = torch.zeros(1, 1, dtype=torch.bool, device=device)
     count = torch.zeros(1, dtype=torch.int64)
-    return Corruption(ids, ~no, no, no, ids, count, count).to(device)
+    return Corruption(ids, ~no, no, no, ids, count, count)
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,20 @@ class Masking:
 
     @staticmethod
     def of(
-        batch: TensorBatch,
+        n_s: Tensor,
         config: ObjectiveConfig,
         vocabulary: Vocabulary,
         step: StepKey,
-        parts: Iterable[Part],
+        parts: Iterable[tuple[list[int], Tensor]],
         schedule: masking_schedule.Schedule | None = None,
     ) -> Masking:
-        """Draw the times and counts of a batch. `schedule` overrides the configured schedule.
+        """Draw the times and counts of sequences with `n_s` maskable positions.
 
-        `parts` must contain all sequences: with Bernoulli masking, each part is masked on the batch's device,
-        and the counts come from these masks.
+        `parts` are the indices of all sequences, in parts, with their maskable positions, bool [b, n]. They
+        are read only for Bernoulli masking, where each part is masked on its device to get the counts.
+        `schedule` overrides the configured schedule.
         """
-        at, n_s = (step.seed, step.lineage, step.number), batch.maskable_s
+        at = step.seed, step.lineage, step.number
         chosen = schedule or masking_schedule.named(config.schedule)
         rows = range(n_s.numel())
         permutation_s = draws.uniform(draws.keys(Purpose.PERMUTATION, *at, rows=rows), 1)[:, 0].argsort()
@@ -121,18 +122,18 @@ class Masking:
             counts = masking_schedule.exact_counts(chosen, t_s, n_s)
             return Masking(config, vocabulary, step, n_s, chosen.fraction(t_s), counts)
         masking = Masking(config, vocabulary, step, n_s, chosen.fraction(t_s), torch.zeros_like(n_s))
-        for row_b, columns in parts:
-            _, _, maskable_bn = batch.take(row_b, columns)
+        for row_b, maskable_bn in parts:
             masking.k_s[row_b] = masking.mask(row_b, maskable_bn).sum(-1).cpu()
         return masking
 
     def mask(self, row_b: list[int], maskable_bn: Tensor) -> Tensor:
         """Choose the positions to predict in the sequences `row_b`, as a bool tensor of shape [b, n]."""
         step, device = self.step, maskable_bn.device
-        keys_b = draws.keys(Purpose.MASK, step.seed, step.lineage, step.number, rows=row_b).to(device)
+        keys = draws.keys(Purpose.MASK, step.seed, step.lineage, step.number, rows=row_b)
+        keys_b = upload(keys, device)
         if self.config.masking == "exact":
-            return mask_exactly(keys_b, maskable_bn, self.k_s[row_b].to(device))
-        fraction_b = self.fraction_s[row_b].to(device)
+            return mask_exactly(keys_b, maskable_bn, upload(self.k_s[row_b], device))
+        fraction_b = upload(self.fraction_s[row_b], device)
         return maskable_bn & (_by_order(keys_b, maskable_bn) < fraction_b[:, None])
 
     def corrupt(self, row_b: list[int], ids_bn: Tensor, valid_bn: Tensor, maskable_bn: Tensor) -> Corruption:
@@ -180,7 +181,7 @@ def _augment(input_bn: Tensor, ids_bn: Tensor, mask_bn: Tensor, row_b: list[int]
     at, n = (step.seed, step.lineage, step.number), ids_bn.shape[1]
 
     def uniform(purpose: Purpose) -> Tensor:
-        return draws.uniform(draws.keys(purpose, *at, rows=row_b).to(ids_bn.device), n)
+        return draws.uniform(upload(draws.keys(purpose, *at, rows=row_b), ids_bn.device), n)
 
     a_bn = uniform(Purpose.AUGMENT)
     kept = a_bn < config.no_replace_prob

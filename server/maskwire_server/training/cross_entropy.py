@@ -15,6 +15,7 @@ Letters: m packed positions, d dim, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Return logits in at least fp32, with -inf for the mask and pad ids. May change its argument."""
-    return _forbid(logits_mv, torch.tensor(vocabulary.special, device=logits_mv.device))
+    return _forbid(logits_mv, _indices(tuple(vocabulary.special), logits_mv.device))
+
+
+@lru_cache(maxsize=64)
+def _indices(of: tuple[int, ...], device: torch.device) -> Tensor:
+    """The indices as a tensor that is kept, because each copy to a device waits for it."""
+    return torch.tensor(of, device=device)
 
 
 def _forbid(logits_mv: Tensor, index: Tensor) -> Tensor:
@@ -112,7 +119,7 @@ class _WeightedSum(torch.autograd.Function):
             w = aligned(w_vd.to(dtype))
             b = None if bias_v is None else aligned(bias_v.to(dtype))
             columns = w.shape[0]
-            forbidden = torch.tensor([*vocabulary.special, *range(v, columns)], device=device)
+            forbidden = _indices((*vocabulary.special, *range(v, columns)), device)
             # grad_w is None if w is frozen.
             grad_w = w_vd.new_zeros(columns, w_vd.shape[1]) if learns and w_vd.requires_grad else None
             # All chunks share two buffers: allocating new memory would take as long as the softmax.

@@ -22,6 +22,7 @@ from maskwire_server.training.conditioning_type import Conditioning
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.head import Head
+from maskwire_server.training.upload import upload
 
 _SAMPLE_CHUNK = {"cpu": 2**21, "cuda": 2**24}  # fp64 probabilities at once: 16 and 128 MiB
 
@@ -66,6 +67,48 @@ class StepPlan:
     """Condition the generator on a first pass."""
     temperature: float = 1.0
     """Temperature of the samples for the critic. 0 takes the most probable id."""
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """A micro-batch on the device: all that its losses depend on, apart from the weights."""
+
+    rows: Corruption
+    valid_bn: Tensor | None
+    """The valid positions, bool [b, n]; None if there is no padding."""
+    masked_m: Tensor
+    """int64: the masked positions, as indices into the flattened [b, n] grid."""
+    target_m: Tensor
+    """int64: the ids at the masked positions."""
+    weight_m: Tensor
+    """fp64: the weights of the cross-entropy at the masked positions."""
+    u_m: Tensor | None
+    """fp64: the uniform numbers that choose the ids for the critic to judge; None without a critic."""
+    maskable_p: Tensor | None
+    """int64: the maskable positions, which the critic judges, as indices; None without a critic."""
+
+    @staticmethod
+    def of(rows: Corruption, weight_b: Tensor, critic_keys_b: Tensor | None, *, padded: bool) -> TrainingPart:
+        """Find the positions, without waiting for the device if the counts of `rows` are in host memory.
+
+        `weight_b` holds the `position_weights` of the rows. `critic_keys_b` are the keys of the random draws
+        for the critic's input, or None without a critic. `padded` says whether any position is padding.
+        """
+        n, device = rows.ids_bn.shape[1], rows.ids_bn.device
+        masked_m = positions(rows.mask_bn, int(rows.k_b.sum()))
+        u_m = maskable_p = None
+        if critic_keys_b is not None:
+            u_m = draws.uniform(upload(critic_keys_b, device), n).flatten()[masked_m]
+            maskable_p = positions(rows.maskable_bn, int(rows.n_b.sum()))
+        return TrainingPart(
+            rows=rows,
+            valid_bn=rows.valid_bn if padded else None,
+            masked_m=masked_m,
+            target_m=rows.ids_bn.flatten()[masked_m],
+            weight_m=upload(weight_b, device)[masked_m // n],
+            u_m=u_m,
+            maskable_p=maskable_p,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,46 +189,51 @@ def _autocast_without_cache(device_type: str) -> torch.autocast:
     )
 
 
-def positions(mask_bn: Tensor) -> Tensor:
-    """The positions where a mask is True, as indices into the flattened [b, n] grid, int64 [m]."""
-    return mask_bn.flatten().nonzero()[:, 0]
+def positions(mask_bn: Tensor, count: int | None = None) -> Tensor:
+    """The positions where a mask is True, as indices into the flattened [b, n] grid, int64 [m].
+
+    `count` is m. If it is not given, it is read from the device, which takes until the device is idle.
+    """
+    mask = mask_bn.flatten()
+    if count is None:
+        return mask.nonzero()[:, 0]
+    outside = mask.numel()  # with a larger count than m, an index that no tensor accepts
+    return torch.nonzero_static(mask, size=count, fill_value=outside)[:, 0]
 
 
 def losses(
     model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    part: Corruption,
-    weight_b: Tensor,
+    part: TrainingPart,
     maskable: int,
     modes: StepPlan,
-    sample_keys_b: Tensor,
 ) -> PartLosses:
     """What a micro-batch adds to the losses of its logical batch.
 
-    `weight_b` holds the `position_weights` of the rows of the micro-batch. `maskable` is the number of
-    maskable positions in the logical batch, over which the critic's loss is averaged. `sample_keys_b` are the
-    keys of the random draws for the ids that the critic judges.
+    `maskable` is the number of maskable positions in the logical batch, over which the critic's loss is
+    averaged.
     """
-    valid = None if bool(part.valid_bn.all()) else part.valid_bn
-    masked_m = positions(part.mask_bn)
-    n = part.ids_bn.shape[1]
+    rows, valid_bn, masked_m, u_m = part.rows, part.valid_bn, part.masked_m, part.u_m
     sampled_m = torch.zeros_like(masked_m)
     look: cross_entropy.Look | None = None
     if modes.critic:
-        u_m = draws.uniform(sample_keys_b, n).flatten()[masked_m]
+        assert u_m is not None
 
-        def look(rows: slice, logits: Tensor) -> None:
-            sampled_m[rows] = sample(logits, u_m[rows], modes.temperature)
+        def look(some: slice, logits: Tensor) -> None:
+            sampled_m[some] = sample(logits, u_m[some], modes.temperature)
 
     with torch.set_grad_enabled(modes.generator_learns and torch.is_grad_enabled()):
-        e_md = embeddings(model, config, part.input_bn, valid, masked_m, first_pass=modes.first_pass)
-        target_m, weight_m = part.ids_bn.flatten()[masked_m], weight_b[masked_m // n]
-        generator = cross_entropy.weighted_sum(model.head(e_md), target_m, weight_m, vocabulary, look)
+        e_md = embeddings(model, config, rows.input_bn, valid_bn, masked_m, first_pass=modes.first_pass)
+        head = model.head(e_md)
+        generator = cross_entropy.weighted_sum(head, part.target_m, part.weight_m, vocabulary, look)
     if not modes.critic:
         return PartLosses(generator, None)
-    filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
-    bce_p = critic_cross_entropy(model, config, part, filled_bn, valid, modes.generator_learns)
+    filled_bn = rows.ids_bn.masked_scatter(rows.mask_bn, sampled_m)
+    scores_bn = model.criticize(filled_bn, valid_bn, train_trunk=modes.generator_learns)
+    scores_p = scores_bn.flatten()[part.maskable_p].float()
+    labels_p = critic_labels(config, rows, filled_bn).flatten()[part.maskable_p]
+    bce_p = F.binary_cross_entropy_with_logits(scores_p, labels_p.to(scores_p.dtype), reduction="none")
     return PartLosses(generator, bce_p.double().sum() / maskable)
 
 
@@ -202,23 +250,6 @@ def minimized(sums: PartLosses, config: ObjectiveConfig, modes: StepPlan, numeri
     return sums.generator + config.critic_loss_weight * sums.critic
 
 
-def critic_cross_entropy(
-    model: Model,
-    config: ObjectiveConfig,
-    part: Corruption,
-    filled_bn: Tensor,
-    valid: Tensor | None,
-    train_trunk: bool,
-) -> Tensor:
-    """The critic's binary cross-entropy at each maskable position, fp32 [p]."""
-    scores_bn = model.criticize(filled_bn, valid, train_trunk=train_trunk)
-    labels_bn = critic_labels(config, part, filled_bn)
-    scores_p = scores_bn[part.maskable_bn].float()
-    return F.binary_cross_entropy_with_logits(
-        scores_p, labels_bn[part.maskable_bn].to(scores_p.dtype), reduction="none"
-    )
-
-
 def critic_labels(config: ObjectiveConfig, part: Corruption, filled_bn: Tensor) -> Tensor:
     """The critic's labels, bool [b, n]: True at wrong ids, or at masked positions (Lezama et al. 2022)."""
     return part.mask_bn if config.critic_labels == "token_critic" else filled_bn != part.ids_bn
@@ -232,7 +263,9 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tenso
     Temperature 0 takes the most probable id. The temperature may also be a tensor, fp64 [m].
     """
     m, v = logits_mv.shape
-    temperature_m = torch.as_tensor(temperature, dtype=torch.float64, device=logits_mv.device).expand(m)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, dtype=torch.float64, device=logits_mv.device)
+    temperature_m = temperature.expand(m)
     greedy_m = logits_mv.argmax(-1)
     sampled = []
     chunk = max(1, _SAMPLE_CHUNK[logits_mv.device.type] // v)

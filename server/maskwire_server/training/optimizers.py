@@ -281,8 +281,13 @@ def make_groups(
     }
 
 
-def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_version: int) -> None:
+def configure(
+    groups: Mapping[str, Group], current: OptimizerConfig, config: OptimizerConfig, numerics_version: int
+) -> None:
     """Apply new settings to all groups. Raises ValueError, and changes nothing, if they do not fit."""
+    if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
+        key = "name" if config.name != current.name else "ema_decay"
+        raise ValueError(f"optimizer.{key} was {getattr(config, key)!r} and is now {getattr(current, key)!r}")
     try:
         names = {part: [*group.names, *sorted(group.frozen_names)] for part, group in groups.items()}
         matches = matched(config.groups, names)

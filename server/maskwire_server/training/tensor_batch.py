@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maskwire_server.batch import Batch
+from maskwire_server.training.upload import upload
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,19 @@ class TensorBatch:
 
     @cached_property
     def maskable_s(self) -> Tensor:
-        """The number of maskable positions of each sequence, int64 on the host."""
+        """The number of maskable positions of each sequence, int64."""
+        return self._counts(self.maskable_rn)
+
+    @cached_property
+    def valid_s(self) -> Tensor:
+        """The number of valid positions of each sequence, int64."""
+        return self._counts(self.valid_rn)
+
+    def _counts(self, grid_rn: Tensor) -> Tensor:
         if self.starts_s is None or self.sizes_s is None:
-            return self.maskable_rn.sum(-1).cpu()
-        before = torch.cat((torch.zeros(1, dtype=torch.int64), self.maskable_rn.flatten().cpu().cumsum(0)))
-        starts_s = self.starts_s.cpu()
-        return before[starts_s + self.sizes_s.cpu()] - before[starts_s]
+            return grid_rn.sum(-1)
+        before = torch.cat((self.starts_s.new_zeros(1), grid_rn.flatten().cumsum(0)))
+        return before[self.starts_s + self.sizes_s] - before[self.starts_s]
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -64,18 +72,19 @@ class TensorBatch:
         return lengths
 
     def to(self, device: torch.device) -> TensorBatch:
-        """Copy the batch to a device."""
-        ids, valid, prompt = (grid.to(device) for grid in (self.ids_rn, self.valid_rn, self.prompt_rn))
+        """Copy the batch from host memory to a device."""
+        ids, valid, prompt = (upload(grid, device) for grid in (self.ids_rn, self.valid_rn, self.prompt_rn))
         if self.starts_s is None or self.sizes_s is None:
             return TensorBatch(ids, valid, prompt)
-        return TensorBatch(ids, valid, prompt, self.starts_s.to(device), self.sizes_s.to(device))
+        starts_s, sizes_s = upload(self.starts_s, device), upload(self.sizes_s, device)
+        return TensorBatch(ids, valid, prompt, starts_s, sizes_s)
 
     def take(self, row_b: list[int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
         """The ids, valid positions and maskable positions of some sequences, each [b, c].
 
         `row_b` holds the indices of the sequences, and `columns` is c, the number of columns to read.
         """
-        rows_b = torch.tensor(row_b, device=self.ids_rn.device)
+        rows_b = upload(torch.tensor(row_b), self.ids_rn.device)
         if self.starts_s is None or self.sizes_s is None:
             consecutive = row_b == list(range(row_b[0], row_b[0] + len(row_b)))
             rows = slice(row_b[0], row_b[0] + len(row_b)) if consecutive else rows_b  # a slice copies nothing

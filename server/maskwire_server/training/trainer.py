@@ -34,7 +34,6 @@ from maskwire_server.training import (
     device_errors,
     draws,
     evaluation,
-    evaluation_figures,
     model_checks,
     numerics,
     optimizers,
@@ -53,7 +52,7 @@ from maskwire_server.training.optimizers import Group
 from maskwire_server.training.ranks_interface import Ranks
 from maskwire_server.training.shards import Shards
 from maskwire_server.training.snapshot import SavedState
-from maskwire_server.training.step_gradients import StepSettings, accumulate
+from maskwire_server.training.step_gradients import NextStep, PreparedStep, StepSettings, accumulate, prepare
 from maskwire_server.training.tensor_batch import TensorBatch
 
 log = logging.getLogger(__name__)
@@ -76,7 +75,7 @@ class TorchTrainer:
         torch.set_num_threads(serve.threads or self._ranks.cores or numerics.cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
         self._seed, self._numerics_version = seed, numerics.NUMERICS_VERSION
-        self._initial_sha256 = ""
+        self._initial_sha256, self._next = "", NextStep()
         self._device = self._ranks.device or numerics.choose_device(serve.device)
         self._bf16 = numerics.choose_bf16(serve.precision, self._device)
         self._numerics = numerics.set_numerics(serve, self._device, bf16=self._bf16)
@@ -101,11 +100,8 @@ class TorchTrainer:
         self.generator, self.critic = groups["generator"], groups.get("critic")
         self._copier = snapshot.Copier(self._ranks)
         self._gathered = Gathered(self._ranks, lambda: Networks(model, objective).to(self._device))
-        self._averaged: Networks | None = None
-        if self.generator.ema is not None:
-            self._averaged = self.networks.with_modules(
-                self.generator.ema, None if self.critic is None else self.critic.ema
-            )
+        means = {part: group.ema for part, group in groups.items() if group.ema is not None}
+        self._averaged = self.networks.with_modules(**means) if means else None
         if foreign:
             model_checks.check_divided(before, lambda: self._small_gradients(self._ranks))
         if serve.compile != "off":
@@ -153,13 +149,8 @@ class TorchTrainer:
         Raises ValueError, naming the key, if the section has another optimizer, freezes other parameters, or
         differs from the present section in whether it keeps a moving average.
         """
-        config, current = OptimizerConfig(**optimizer), self._optimizer
-        if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
-            key = "name" if config.name != current.name else "ema_decay"
-            raise ValueError(
-                f"optimizer.{key} was {getattr(config, key)!r} and is now {getattr(current, key)!r}"
-            )
-        optimizers.configure(self._groups(), config, numerics_version)
+        config = OptimizerConfig(**optimizer)
+        optimizers.configure(self._groups(), self._optimizer, config, numerics_version)
         self._optimizer, self._numerics_version = config, numerics_version
 
     def begin(self) -> str:
@@ -186,37 +177,45 @@ class TorchTrainer:
         return found
 
     def _trial(self, ranks: Ranks, batch: TensorBatch, number: int = 0) -> BatchLosses:
-        return self._gradients(batch, Modes(), StepKey(self._seed, 0, number), ranks)
+        return self._gradients(self._prepared(batch, Modes(), StepKey(self._seed, 0, number), ranks))
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""
-        self._gradients(model_checks.small_batch(self._model), Modes(), StepKey(self._seed, 0, 0))
+        self._trial(self._ranks, model_checks.small_batch(self._model))
         self._clear_gradients()
 
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+    def prepare_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> None:
+        """Mask a batch and copy it to the device, for a call of `train_step` with the same arguments."""
+        at = StepKey(self._seed, lineage, step)
+        self._next.keep(batch, modes, self._prepared(self._host(batch), modes, at))
+
+    def train_step(
+        self, lineage: int, step: int, batch: Batch, modes: Modes, meanwhile: Callable[[], None] | None = None
+    ) -> StepResult:
         """Train on one logical batch. The split into micro-batches does not change losses and gradients.
 
-        If losses or gradients are not finite, or if memory runs out before the update, the state does not
-        change. Raises StateLost if the update itself fails.
+        `meanwhile` is called while the device computes, and may call `prepare_step`. If losses or gradients
+        are not finite, or if memory runs out before the update, the state does not change. Raises StateLost
+        if the update itself fails.
         """
         self.check_modes(modes)
         at = StepKey(self._seed, lineage, step)
         chosen = modes.learning_rate
         rate = optimizers.learning_rate(self._optimizer, step) if chosen is None else chosen
         try:
-            sums = self._gradients(self._host(batch), modes, at)
+            ready = self._next.take(batch, modes, at) or self._prepared(self._host(batch), modes, at)
+            sums = self._gradients(ready)
             self._ranks.add(sums.sums)
             learners = self._learners(modes)
             norm = optimizers.clip(learners, self._optimizer.clip_grad_norm, self._ranks)
-            generator, critic, gradient_norm = sums.read(norm)
+            if meanwhile is not None:
+                meanwhile()
+            losses, gradient_norm = sums.read(norm, self._objective.critic_loss_weight, modes)
         except BaseException as error:
             self._clear_gradients()
             if not device_errors.out_of_memory(error) or self._ranks.is_sharded:
                 raise  # the other ranks wait for this one
             return StepResult(Outcome.OUT_OF_MEMORY, Losses(math.nan), learning_rate=rate)
-        losses = evaluation_figures.combine(
-            generator, critic, self._objective.critic_loss_weight, modes.only_train_critic
-        )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
         facts = f"{losses}, gradient norm {gradient_norm!r} at {at}"
         self._ranks.agree(facts, (weight for each in self._groups().values() for weight in each.weights))
@@ -326,20 +325,21 @@ class TorchTrainer:
         return self._averaged if averaged and self._averaged is not None else self.networks
 
     def _learners(self, modes: Modes) -> list[Group]:
-        learners = [] if modes.only_train_critic else [self.generator]
-        if self.critic is not None and not modes.only_train_generator:
-            learners.append(self.critic)
-        return learners
+        trained = {"generator": not modes.only_train_critic, "critic": not modes.only_train_generator}
+        return [group for part, group in self._groups().items() if trained[part]]
 
     def _host(self, batch: Batch) -> TensorBatch:
         return TensorBatch.of(batch, self._model.pad_id)
 
-    def _gradients(
+    def _prepared(
         self, batch: TensorBatch, modes: Modes, at: StepKey, ranks: Ranks | None = None
-    ) -> BatchLosses:
-        ranks = ranks or self._ranks
+    ) -> PreparedStep:
+        ranks, has_critic = ranks or self._ranks, self.networks.critic is not None
         device, version = ranks.device or self._device, self._numerics_version
-        return accumulate(self.networks, self._step, batch, modes, at, ranks, device, version)
+        return prepare(self._step, batch, modes, at, ranks, device, version, has_critic=has_critic)
+
+    def _gradients(self, step: PreparedStep) -> BatchLosses:
+        return accumulate(self.networks, self._step, step)
 
     def _clear_gradients(self) -> None:
         for group in self._groups().values():

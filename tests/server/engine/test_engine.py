@@ -793,7 +793,7 @@ def test_a_journal_that_fails_otherwise_ends_the_process_and_answers_unknown(
 
 def test_an_update_that_failed_half_way_ends_the_process(rig: Rig) -> None:
     class Breaking(CounterTrainer):
-        def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> Any:
+        def train_step(self, *arguments: Any) -> Any:
             raise StateLost("half-way")
 
     engine = rig.start(Breaking)
@@ -831,9 +831,9 @@ def test_steps_are_computed_again_under_the_optimizer_section_they_were_trained_
                 raise ValueError("optimizer.ema_decay was 0.9, is 0.0")
             self.rate = optimizer["learning_rate"]
 
-        def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+        def train_step(self, lineage: int, step: int, *arguments: Any) -> StepResult:
             self.computed.append((step, self.rate))
-            return super().train_step(lineage, step, batch, modes)
+            return super().train_step(lineage, step, *arguments)
 
     for rate in (0.1, 0.2, 0.3):
         engine = rig.start(Following, optimizer={"learning_rate": rate})
@@ -933,10 +933,10 @@ def test_the_tokenizer_is_kept_from_the_first_step_on(rig: Rig) -> None:
 
 def test_a_replay_that_gives_another_result_stops_and_names_the_step(rig: Rig) -> None:
     class Drifting(CounterTrainer):
-        def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> Any:
+        def train_step(self, lineage: int, step: int, *arguments: Any) -> Any:
             if step == 2:
                 self.state = self.state[::-1]
-            return super().train_step(lineage, step, batch, modes)
+            return super().train_step(lineage, step, *arguments)
 
     engine = rig.start()
     for seed in range(3):

@@ -108,3 +108,45 @@ def test_an_error_that_leaves_the_device_as_it_was_refuses_one_request(rig: Rig,
     trainer.method = ""
     assert engine.train_step(bare(1)).result(WAIT).step == 1
     assert rig.fatal == []
+
+
+def test_the_next_step_is_prepared_while_the_current_one_is_computed(rig: Rig) -> None:
+    engine = rig.start()
+    trainer = rig.trainer
+    trainer.gate.clear()
+    answers = [engine.train_step(bare(seed)) for seed in (1, 2, 3)]
+    trainer.gate.set()
+    assert [each.result(WAIT).step for each in answers] == [1, 2, 3]
+    expected = [(1, step, payload(step).batch.ids.tolist()) for step in (2, 3)]
+    found = [(lineage, step, batch.ids.tolist()) for lineage, step, batch, _ in trainer.prepared]
+    assert found == expected, "and none after the last one"
+    engine.train_step(bare(4)).result(WAIT)
+    assert len(trainer.prepared) == 2, "a step that comes alone waits for no preparation"
+
+
+def test_an_error_while_the_next_step_is_prepared_changes_nothing(rig: Rig) -> None:
+    class Unprepared(CounterTrainer):
+        def prepare_step(self, *arguments: Any) -> None:
+            super().prepare_step(*arguments)
+            raise MemoryError("no room for two batches")
+
+    engine = rig.start(Unprepared)
+    rig.trainer.gate.clear()
+    answers = [engine.train_step(bare(seed)) for seed in (1, 2)]
+    rig.trainer.gate.set()
+    assert [each.result(WAIT).step for each in answers] == [1, 2]
+    assert len(rig.trainer.prepared) == 1
+    assert rig.fatal == []
+
+
+def test_a_step_behind_a_save_is_not_prepared(rig: Rig) -> None:
+    engine = rig.start()
+    trainer = rig.trainer
+    trainer.gate.clear()
+    first = engine.train_step(bare(1))
+    saved = engine.save(SaveRequest("between"))
+    second = engine.train_step(bare(2))
+    trainer.gate.set()
+    assert [first.result(WAIT).step, second.result(WAIT).step] == [1, 2]
+    saved.result(WAIT)
+    assert trainer.prepared == []

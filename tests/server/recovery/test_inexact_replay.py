@@ -58,8 +58,8 @@ class Rounding(CounterTrainer):
         said = {"deterministic": self.deterministic, "compile": self.compiled, "precision": "fp32"}
         return {**super().versions, **said}
 
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        result = super().train_step(lineage, step, batch, modes)
+    def train_step(self, *arguments: Any) -> StepResult:
+        result = super().train_step(*arguments)
         loss = result.losses.loss * (1 + self.error)
         return StepResult(result.outcome, Losses(loss, loss), result.gradient_norm, 1e-3, 1, 2)
 
@@ -262,9 +262,9 @@ class Perturbed(PerturbedTrainer):
 
 
 class DoubledRate(Perturbed):
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes, *others: Any) -> StepResult:
         rate = 2 * self._optimizer.learning_rate * min(1.0, step / self._optimizer.warmup_steps)
-        return super().train_step(lineage, step, batch, Modes(learning_rate=rate))
+        return super().train_step(lineage, step, batch, Modes(learning_rate=rate), *others)
 
 
 class OtherCheckpoint(Perturbed):

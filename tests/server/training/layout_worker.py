@@ -94,7 +94,7 @@ def measured(chosen: config.Config, replicate: int) -> dict[str, int]:
     columns = chosen.model.max_seq_len
     ids = np.random.default_rng(0).integers(0, chosen.model.mask_id, (2, columns))
     batch = trainer._host(Batch(ids, 2, columns))
-    trainer._gradients(batch, Modes(), StepKey(0, 1, 1), ranks)
+    trainer._gradients(trainer._prepared(batch, Modes(), StepKey(0, 1, 1), ranks))
     groups = trainer._groups().values()
     others = (".step", "updates")
     moments = [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import Oracle
-from whole_batch import corrupt
+from whole_batch import corrupt, losses
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
@@ -65,7 +65,7 @@ def small(objective_: dict[str, Any] | None = None, **serve: Any) -> TorchTraine
 
 
 def gradients(trainer: TorchTrainer, batch: Batch, modes: Modes | None = None) -> dict[str, torch.Tensor]:
-    trainer._gradients(trainer._host(batch), modes or Modes(), StepKey(3, 1, 1))
+    trainer._gradients(trainer._prepared(trainer._host(batch), modes or Modes(), StepKey(3, 1, 1)))
     found = {name: w.grad.clone() for name, w in trainer.networks.named_parameters() if w.grad is not None}
     trainer._clear_gradients()
     return found
@@ -138,11 +138,7 @@ def test_if_every_cross_entropy_is_one_the_loss_is_one() -> None:
     settings = ObjectiveConfig()
     for number in range(1, 6):
         whole = corrupted(settings, number)
-        weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
-        sums = objective.losses(
-            Oracle(10, log_probabilities), settings, VOCABULARY, whole, weight_b, 1, objective.StepPlan(),
-            torch.zeros(6),
-        )  # fmt: skip
+        sums = losses(Oracle(10, log_probabilities), settings, VOCABULARY, whole, 1)
         assert float(sums.generator) == pytest.approx(1, abs=1e-9)
 
 
@@ -155,7 +151,7 @@ def test_ids_under_padding_change_nothing() -> None:
     first = gradients(trainer, by_lengths)
     host = trainer._host(by_lengths)
     host.ids_rn[~torch.from_numpy(valid)] = 7
-    trainer._gradients(host, Modes(), StepKey(3, 1, 1))
+    trainer._gradients(trainer._prepared(host, Modes(), StepKey(3, 1, 1)))
     for name, weight in trainer.networks.named_parameters():
         assert torch.equal(weight.grad, first[name]), name
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import Oracle, flip_chain_oracle, pairs_oracle
-from whole_batch import corrupt
+from whole_batch import corrupt, losses
 
 from bench.sources import flip_chain, pairs
 from maskwire_server import config
@@ -32,17 +32,7 @@ def training_losses(
     vocabulary = Vocabulary(symbols + 1, symbols, None)
     for number in range(1, steps + 1):
         whole = corrupt(torch.from_numpy(ids), every, ~every, settings, vocabulary, StepKey(1, 1, number))
-        weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
-        sums = objective.losses(
-            oracle,
-            settings,
-            vocabulary,
-            whole,
-            weight_b,
-            ids.size,
-            objective.StepPlan(),
-            torch.zeros(len(ids)),
-        )
+        sums = losses(oracle, settings, vocabulary, whole, ids.size)
         found.append(float(sums.generator))
     return np.array(found)
 
@@ -134,18 +124,9 @@ def test_the_critic_of_one_pair_has_the_known_best_loss() -> None:
     found = []
     for number in range(1, 11):
         whole = corrupt(ids, every, ~every, settings, vocabulary, StepKey(1, 1, number))
-        weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
         keys_b = torch.arange(len(ids)) * 7919 + number
-        sums = objective.losses(
-            oracle,
-            settings,
-            vocabulary,
-            whole,
-            weight_b,
-            ids.numel(),
-            objective.StepPlan(critic=True),
-            keys_b,
-        )
+        plan = objective.StepPlan(critic=True)
+        sums = losses(oracle, settings, vocabulary, whole, ids.numel(), plan, keys_b)
         assert sums.critic is not None
         found.append(float(sums.critic))
     assert np.mean(found) == pytest.approx(0.475069, abs=4 * np.std(found) / math.sqrt(len(found)) + 1e-4)
@@ -192,7 +173,6 @@ def test_the_oracle_sees_the_corrupted_batch() -> None:
     every = torch.ones(ids.shape, dtype=torch.bool)
     settings, vocabulary = ObjectiveConfig(), Vocabulary(5, 4, None)
     whole: Corruption = corrupt(ids, every, ~every, settings, vocabulary, StepKey(1, 1, 1))
-    weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
-    objective.losses(oracle, settings, vocabulary, whole, weight_b, 48, objective.StepPlan(), torch.zeros(8))
+    losses(oracle, settings, vocabulary, whole, 48)
     assert torch.equal(oracle.seen[0] == 4, whole.mask_bn)
     assert torch.equal(oracle.seen[0][~whole.mask_bn], ids[~whole.mask_bn])

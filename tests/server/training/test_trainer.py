@@ -129,7 +129,7 @@ def test_every_parameter_gets_the_gradient_in_bf16_that_it_gets_in_fp32(critic: 
     found = []
     for precision in ("fp32", "bf16"):
         trainer = make(objective, model={"depth": 1}, precision=precision)
-        trainer._gradients(trainer._host(BATCH), Modes(), StepKey(0, 1, 1))
+        trainer._gradients(trainer._prepared(trainer._host(BATCH), Modes(), StepKey(0, 1, 1)))
         found.append({name: weight.grad for name, weight in trainer.networks.named_parameters()})
     for name, exact in found[0].items():
         rounded = found[1][name]
@@ -152,7 +152,7 @@ def test_autocast_keeps_no_copies_of_weights_from_a_pass_without_gradients(
         return Networks.embed(trainer.networks, *given)
 
     monkeypatch.setattr(trainer.networks, "embed", embed)
-    trainer._gradients(trainer._host(BATCH), Modes(), StepKey(0, 1, 1))
+    trainer._gradients(trainer._prepared(trainer._host(BATCH), Modes(), StepKey(0, 1, 1)))
     assert passes == [(False, True, False), (True, True, True)]
 
 

@@ -33,7 +33,7 @@ class Networks(nn.Module):
             self.critic = sources.critic(model, factory)
         _make_contiguous(self)
 
-    def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
+    def with_modules(self, generator: nn.Module, critic: nn.Module | None = None) -> Networks:
         """Return a copy with another generator and critic, for example those of the moving averages."""
         if not isinstance(generator, Backbone):
             raise TypeError(f"generator must be a Backbone, got {type(generator).__name__}")

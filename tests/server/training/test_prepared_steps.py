@@ -1,0 +1,132 @@
+"""Steps that are prepared while the device computes the one before, and what makes a step wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_segments import packed, unpacked
+from test_trainer import BATCH, IDS, make, state
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.training import objective
+from maskwire_server.training.corruption import StepKey
+from maskwire_server.training.trainer import TorchTrainer
+
+RAGGED = Batch(IDS[:3, :7].flatten()[:15], 3, 7, np.array([7, 3, 5], dtype=np.int32))
+CRITIC = {"critic": "self", "self_cond": True, "self_cond_prob": 1.0}
+CASES: dict[str, tuple[dict[str, Any], Batch, Modes]] = {
+    "exact": ({}, BATCH, Modes()),
+    "ragged": ({"schedule": "cosine"}, RAGGED, Modes()),
+    "packed": (CRITIC, packed(), Modes()),
+    "bernoulli": ({"masking": "bernoulli", "critic": "token"}, BATCH, Modes()),
+    "only the critic": (CRITIC, RAGGED, Modes(only_train_critic=True, generator_sample_temperature=0.5)),
+    "augmented": ({"augment_prob": 1.0, "random_token_prob": 0.4, "no_replace_prob": 0.3}, BATCH, Modes()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_that_was_prepared_ahead_gives_the_same_bits(case: str) -> None:
+    objective, batch, modes = CASES[case]
+    ahead, alone = make(objective, threads=1), make(objective, threads=1)
+    prepared = []
+
+    def of_next(step: int) -> Callable[[], None]:
+        def prepare() -> None:
+            ahead.prepare_step(1, step, batch, modes)
+            prepared.append(ahead._next._kept)
+
+        return prepare
+
+    for step in (1, 2, 3):
+        found = ahead.train_step(1, step, batch, modes, of_next(step + 1))
+        assert found == alone.train_step(1, step, batch, modes)
+        assert np.isfinite(found.losses.loss)
+    assert len(prepared) == 3
+    assert all(torch.equal(tensor, state(alone)[name]) for name, tensor in state(ahead).items())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (2, 2, BATCH, Modes()),
+        (1, 3, BATCH, Modes()),
+        (1, 2, Batch(IDS[::-1].copy(), 6, 12), Modes()),
+        (1, 2, BATCH, Modes(learning_rate=0.5)),
+        (1, 2, BATCH, Modes(only_train_critic=True)),
+    ],
+    ids=["lineage", "step", "batch", "learning rate", "mode"],
+)
+def test_another_step_than_the_prepared_one_is_prepared_anew(other: tuple[int, int, Batch, Modes]) -> None:
+    trainer, alone = make({"critic": "self"}, threads=1), make({"critic": "self"}, threads=1)
+    trainer.prepare_step(*other)
+    assert trainer.train_step(1, 2, BATCH, Modes()) == alone.train_step(1, 2, BATCH, Modes())
+    assert all(torch.equal(tensor, state(alone)[name]) for name, tensor in state(trainer).items())
+    assert trainer._next.take(other[2], other[3], StepKey(0, other[0], other[1])) is None, "it is discarded"
+
+
+def test_a_step_that_cannot_be_prepared_leaves_the_current_step_alone() -> None:
+    trainer, alone = make(threads=1), make(threads=1)
+    too_long = Batch(np.zeros((1, 13), dtype=np.int64), 1, 13)
+
+    def prepare() -> None:
+        trainer.prepare_step(1, 2, too_long, Modes())
+
+    assert trainer.train_step(1, 1, BATCH, Modes(), prepare) == alone.train_step(1, 1, BATCH, Modes())
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that read from the device, or that make tensors from numbers of the host."""
+
+    READS = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal", "unique", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in (*self.READS, "lift_fresh", "lift_fresh_copy") or by_mask:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def waits(trainer: TorchTrainer, batch: Batch, modes: Modes) -> list[str]:
+    step = trainer._prepared(trainer._host(batch), modes, StepKey(0, 1, 2))
+    with Waits() as mode:
+        trainer._gradients(step)
+    trainer._clear_gradients()
+    return mode.found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_computed_without_waiting_for_the_device(case: str) -> None:
+    objective, batch, modes = CASES[case]
+    trainer = make(objective, model={"max_seq_len": 64}, micro_batch_tokens=24, threads=1)
+    trainer.train_step(1, 1, batch, modes)
+    assert waits(trainer, batch, modes) == []
+
+
+def test_a_wait_for_the_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(threads=1)
+    embed = trainer.networks.embed
+
+    def waiting(ids_bn: torch.Tensor, *others: Any) -> torch.Tensor:
+        return embed(ids_bn, *others) * float(ids_bn.sum() > -1)
+
+    monkeypatch.setattr(trainer.networks, "embed", waiting)
+    assert any("_local_scalar_dense" in name for name in waits(trainer, unpacked(), Modes()))
+
+
+def test_positions_beyond_those_of_a_mask_are_an_error() -> None:
+    mask = torch.tensor([[True, False], [False, True]])
+    assert objective.positions(mask, 2).tolist() == objective.positions(mask).tolist() == [0, 3]
+    with pytest.raises(IndexError):
+        mask.flatten()[objective.positions(mask, 3)]
