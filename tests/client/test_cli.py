@@ -68,6 +68,8 @@ def test_until_step_is_absolute_and_training_resumes(server: ServerProcess, text
     )
     assert refused["error"].count("allow") == 1
     assert "or continue with the changed data (--allow-changed-data)" in refused["error"]
+    code, _, err = run(*(word for word in held_out if word != "--json"))
+    assert (code, "training from" in err) == (1, False), "nothing is announced that does not begin"
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from maskwire.cli.generation_text import MASKED, decode_row, read_prompts, render_rows
+from maskwire.cli.generation_text import MASKED, decode_row, plain_rows, read_prompts, render_rows
 from maskwire.data.tokenizer_codec import ByteCodec, FileCodec
 from maskwire.results import GenerateResult, ModelInfo
 from maskwire.v1.values import TokenizerDescription
@@ -55,6 +55,14 @@ def test_masked_tokens_are_shown_as_blocks() -> None:
     out = shown([[97, 256, 98, 256], [97, 99, 100, 101]], BYTES)
     assert out.splitlines() == [f"a{MASKED}b{MASKED}", "acde", "pass 2, 2 masked"]
     assert shown([[7, 999, 8]], WORDS).splitlines()[0].split() == ["7", MASKED, "8"]
+
+
+def test_rows_of_several_lines_are_told_apart() -> None:
+    assert plain_rows(["a\nb", "c"]) == "--- row 1 ---\na\nb\n--- row 2 ---\nc"
+    assert plain_rows(["a", "b"]) == "a\nb", "so that scripts read one row per line"
+    assert plain_rows(["a\nb"]) == "a\nb"
+    out = shown([[97, 10, 98, 99], [97, 99, 100, 101]], BYTES)
+    assert out.splitlines()[:5] == ["--- row 1 ---", "a", "bc", "--- row 2 ---", "acde"]
 
 
 def test_a_sampled_escape_sequence_does_not_reach_the_terminal() -> None:

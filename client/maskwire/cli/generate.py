@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from maskwire.cli.display import show, to_json
-from maskwire.cli.generation_text import Prompt, decode_row, read_prompts, render_rows
+from maskwire.cli.generation_text import Prompt, decode_row, plain_rows, read_prompts, render_rows
 from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.data.tokenizer_codec import TextCodec, codec_of
 from maskwire.errors import UnavailableError
@@ -230,10 +230,8 @@ def _show(
         return [decode_row(row, model, codec) for row in found.tokens]
 
     def words() -> str:
-        return "\n".join(
-            " ".join(map(str, row)) if text is None else text
-            for row, text in zip(found.tokens, texts(), strict=True)
-        )
+        pairs = zip(found.tokens, texts(), strict=True)
+        return plain_rows([" ".join(map(str, row)) if text is None else text for row, text in pairs])
 
     if as_json:
         show(to_json(found) | {"text": texts()}, True, words)

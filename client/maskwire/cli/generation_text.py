@@ -104,6 +104,17 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 
+def plain_rows(rows: Sequence[str]) -> str:
+    """Join sampled rows for printing. If a row has several lines, each row gets a heading."""
+    if len(rows) > 1 and any("\n" in row for row in rows):
+        rows = [f"{_heading(place)}\n{row}" for place, row in enumerate(rows)]
+    return "\n".join(rows)
+
+
+def _heading(place: int) -> str:
+    return f"--- row {place + 1} ---"
+
+
 def render_rows(
     found: GenerateResult, prompts: Sequence[Prompt], model: ModelInfo, codec: TextCodec | None
 ) -> Group:
@@ -130,6 +141,8 @@ def render_rows(
             line.append(words, style=("dim", "", "bold green")[style[start]])
             start = end
         lines.append(line)
+    if len(lines) > 1 and any("\n" in line.plain for line in lines):
+        lines = [each for place, line in enumerate(lines) for each in (Text(_heading(place), "dim"), line)]
     left = sum(found.still_masked)
     lines.append(Text(f"pass {found.unmasking_step}, {left} masked", style="dim"))
     return Group(*lines)

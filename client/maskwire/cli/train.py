@@ -187,7 +187,7 @@ def train(
             f"--eval-data {eval_data} and --held-out {held_out:g} exclude each other: --eval-data "
             "evaluates on other data, and trains on all of PATH; leave one of them out"
         )
-    loggers = [open_logger(specification) for specification in log or []]
+    callbacks: list[Any] = [open_logger(specification) for specification in log or []]
     options: dict[str, Any] = {
         "length": length_of_paths(length, paths),
         "batch_size": batch_size,
@@ -217,10 +217,11 @@ def train(
             else _evaluation(apart, row_length(columns, trainer.model, apart), eval_rows or _EVAL_ROWS)
         )
         if trainer.step < target and not as_json:
-            tell(
+            announcement = _Announcement(
                 f"training from step {trainer.step} to {target}: {batch_size} rows of {columns} tokens "
                 f"per step, as {trainer.name!r}"
             )
+            callbacks.insert(0, announcement)
         result = trainer.fit(
             data,
             until_step=target,
@@ -229,7 +230,7 @@ def train(
             checkpoint_every=checkpoint_every,
             save_best=save_best,
             metrics=metrics,
-            callbacks=loggers,
+            callbacks=callbacks,
             allow_changed_data=allow_changed_data,
             progress=not as_json,
         )
@@ -262,6 +263,16 @@ def train(
             raise exit_codes.interrupted()
         if result.failures:
             raise OutputError("; ".join(result.failures))
+
+
+class _Announcement:
+    """Prints a line when training begins, after `fit` has accepted the data."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def on_start(self, trainer: Trainer) -> None:  # noqa: ARG002
+        tell(self._text)
 
 
 def _open_evaluation(path: str, dtype: str | None, options: dict[str, Any]) -> TokenData:

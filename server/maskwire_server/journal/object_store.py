@@ -62,8 +62,9 @@ class ObjectStore:
             return
         else:
             raise ConfigError(
-                f"storage.mirror: the store at {self.address} ignores If-None-Match: it let an object be "
-                "created twice, so two servers could write the same run; use a store that respects it"
+                f"storage.mirror: the store at {self.address} let an object be created twice, so two servers "
+                "could write the same run; use a store that creates an object only once (S3: one that "
+                "respects If-None-Match)"
             )
         finally:
             with contextlib.suppress(StoreError):
