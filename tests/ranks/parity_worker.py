@@ -270,7 +270,7 @@ class Comparison:
         trainer._ranks.add(sums.sums)
         trainer._ranks.agree(f"gradients of step {number}")
         norm = optimizers.clip(trainer._learners(modes), None, trainer._ranks)
-        losses, norm_value = sums.read(norm, 1.0, modes)
+        losses, norm_value = sums.read(sums.begin_read(norm), 1.0, modes)
         figures = [losses.loss, losses.generator_loss or 0.0, losses.critic_loss or 0.0, norm_value]
         found = {
             f"{part}.{name}": whole(weight.grad).clone()

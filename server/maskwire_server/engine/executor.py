@@ -246,6 +246,8 @@ class Executor:
 
     def _prepare_next(self) -> None:
         """Let the trainer prepare the step after the current one, if it is in the queue already."""
+        if self._quarantine is not None:
+            return  # a crash would count against the batch of the current step
         number = self._run.head.computed.step + 2
         with self._run.mutex:
             entry = self._run.queue.first()

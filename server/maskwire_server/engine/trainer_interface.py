@@ -36,9 +36,10 @@ class Trainer(ReplayTrainer, Protocol):
         """Compute a training step, and discard its result."""
 
     def prepare_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> None:
-        """Do what a step needs apart from the weights, before `train_step` is called with the same arguments.
+        """Do the part of a step that does not depend on the weights. `train_step` then does the rest.
 
-        Errors may be ignored: `train_step` raises them again.
+        The next call of `train_step` uses it if it has the same arguments, and otherwise discards it. Errors
+        may be ignored: `train_step` raises them again.
         """
 
     def train_step(
@@ -46,7 +47,7 @@ class Trainer(ReplayTrainer, Protocol):
     ) -> StepResult:
         """Compute one training step and update the weights.
 
-        `meanwhile` is called while the device computes. It may call `prepare_step`, and raises no errors.
+        `meanwhile` may be called while the device computes. It may call `prepare_step`, and raises no errors.
         """
 
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:

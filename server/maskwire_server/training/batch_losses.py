@@ -7,6 +7,7 @@ from torch import Tensor
 
 from maskwire.v1.values import Losses
 from maskwire_server.batch import Modes
+from maskwire_server.training.device_copies import Download
 from maskwire_server.training.evaluation_figures import combine
 from maskwire_server.training.objective import PartLosses
 
@@ -26,11 +27,12 @@ class BatchLosses:
         critic = torch.zeros_like(part.generator) if part.critic is None else part.critic
         self.sums += torch.stack((part.generator, critic)).detach()
 
-    def read(self, norm: Tensor, critic_weight: float, modes: Modes) -> tuple[Losses, float]:
-        """Wait for the device, and return the step's losses and its gradient norm.
+    def begin_read(self, norm: Tensor) -> Download:
+        """Begin to copy the losses and the gradient norm to the host."""
+        return Download(torch.cat((self.sums, norm.double().view(1).to(self.sums))))
 
-        All are copied to the host together, because each copy waits for the device.
-        """
-        generator, critic, norm_value = torch.cat((self.sums, norm.double().view(1).to(self.sums))).tolist()
+    def read(self, copy: Download, critic_weight: float, modes: Modes) -> tuple[Losses, float]:
+        """Wait for a copy that `begin_read` began, and return the step's losses and its gradient norm."""
+        generator, critic, norm = copy.wait().tolist()
         losses = combine(generator, critic if self._critic else None, critic_weight, modes.only_train_critic)
-        return losses, norm_value
+        return losses, norm

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import draws, masking_schedule
+from maskwire_server.training.device_copies import upload
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.upload import upload
 
 
 @dataclass(frozen=True)

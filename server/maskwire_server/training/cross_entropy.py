@@ -54,7 +54,7 @@ def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _indices(of: tuple[int, ...], device: torch.device) -> Tensor:
-    """The indices as a tensor that is kept, because each copy to a device waits for it."""
+    """The indices as a tensor. It is kept, because making it again would wait until the device is idle."""
     return torch.tensor(of, device=device)
 
 

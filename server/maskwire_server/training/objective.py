@@ -20,9 +20,9 @@ from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import cross_entropy, draws, masking_schedule
 from maskwire_server.training.conditioning_type import Conditioning
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
+from maskwire_server.training.device_copies import upload
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.head import Head
-from maskwire_server.training.upload import upload
 
 _SAMPLE_CHUNK = {"cpu": 2**21, "cuda": 2**24}  # fp64 probabilities at once: 16 and 128 MiB
 
@@ -192,12 +192,12 @@ def _autocast_without_cache(device_type: str) -> torch.autocast:
 def positions(mask_bn: Tensor, count: int | None = None) -> Tensor:
     """The positions where a mask is True, as indices into the flattened [b, n] grid, int64 [m].
 
-    `count` is m. If it is not given, it is read from the device, which takes until the device is idle.
+    `count` must be m. Without it, m is read from the device, which waits until the device is idle.
     """
     mask = mask_bn.flatten()
     if count is None:
         return mask.nonzero()[:, 0]
-    outside = mask.numel()  # with a larger count than m, an index that no tensor accepts
+    outside = mask.numel()  # if `count` is too large: an index that no tensor accepts
     return torch.nonzero_static(mask, size=count, fill_value=outside)[:, 0]
 
 

@@ -86,7 +86,7 @@ def prepare(
     *,
     has_critic: bool,
 ) -> PreparedStep:
-    """Copy a batch to `device` and mask it there. With exact masking, this does not wait for the device."""
+    """Copy a batch to `device` and mask it there. Only Bernoulli masking waits for the device."""
     config = settings.objective
     plan = objective.plan_step(
         config,
@@ -122,7 +122,7 @@ def prepare(
 def accumulate(networks: Networks, settings: StepSettings, step: PreparedStep) -> BatchLosses:
     """Compute this rank's micro-batches. Return the sums of losses, and add up the gradients.
 
-    Nothing here waits for the device, so that it is never idle between two micro-batches.
+    Nothing here reads from the device, so that it is never idle between two micro-batches.
     """
     config, vocabulary, plan = settings.objective, settings.vocabulary, step.plan
     device, ranks = step.device, step.ranks

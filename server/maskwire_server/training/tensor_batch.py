@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from maskwire_server.batch import Batch
-from maskwire_server.training.upload import upload
+from maskwire_server.training.device_copies import upload
 
 
 @dataclass(frozen=True)

@@ -194,23 +194,23 @@ class TorchTrainer:
     ) -> StepResult:
         """Train on one logical batch. The split into micro-batches does not change losses and gradients.
 
-        `meanwhile` is called while the device computes, and may call `prepare_step`. If losses or gradients
-        are not finite, or if memory runs out before the update, the state does not change. Raises StateLost
-        if the update itself fails.
+        `meanwhile` is called while the device computes, and may call `prepare_step`; on a CPU, where the step
+        is computed by then, it is not called. If losses or gradients are not finite, or if memory runs out
+        before the update, the state does not change. Raises StateLost if the update itself fails.
         """
-        self.check_modes(modes)
         at = StepKey(self._seed, lineage, step)
+        ready = self._next.take(batch, modes, at)
+        self.check_modes(modes)
         chosen = modes.learning_rate
         rate = optimizers.learning_rate(self._optimizer, step) if chosen is None else chosen
         try:
-            ready = self._next.take(batch, modes, at) or self._prepared(self._host(batch), modes, at)
-            sums = self._gradients(ready)
+            sums = self._gradients(ready or self._prepared(self._host(batch), modes, at))
             self._ranks.add(sums.sums)
             learners = self._learners(modes)
-            norm = optimizers.clip(learners, self._optimizer.clip_grad_norm, self._ranks)
-            if meanwhile is not None:
+            copy = sums.begin_read(optimizers.clip(learners, self._optimizer.clip_grad_norm, self._ranks))
+            if meanwhile is not None and self._device.type != "cpu":
                 meanwhile()
-            losses, gradient_norm = sums.read(norm, self._objective.critic_loss_weight, modes)
+            losses, gradient_norm = sums.read(copy, self._objective.critic_loss_weight, modes)
         except BaseException as error:
             self._clear_gradients()
             if not device_errors.out_of_memory(error) or self._ranks.is_sharded:

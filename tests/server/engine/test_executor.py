@@ -10,10 +10,10 @@ import pytest
 from counter import CounterTrainer
 from rig import WAIT, Rig, bare, payload, wait_for
 
-from maskwire_server.batch import Prompts
+from maskwire_server.batch import Modes, Payload, Prompts
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import DeviceLost, Refused
-from maskwire_server.requests import EvalRequest, GenerateRequest, RestoreRequest, SaveRequest
+from maskwire_server.requests import EvalRequest, GenerateRequest, RestoreRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, GenerateOptions
 
 LOST = "CUDA error: an illegal memory access was encountered\nfor debugging pass CUDA_LAUNCH_BLOCKING=1"
@@ -113,13 +113,15 @@ def test_an_error_that_leaves_the_device_as_it_was_refuses_one_request(rig: Rig,
 def test_the_next_step_is_prepared_while_the_current_one_is_computed(rig: Rig) -> None:
     engine = rig.start()
     trainer = rig.trainer
+    payloads = [Payload(payload(n).batch, Modes(learning_rate=0.1 * n)) for n in range(3)]
     trainer.gate.clear()
-    answers = [engine.train_step(bare(seed)) for seed in (1, 2, 3)]
+    answers = [engine.train_step(StepRequest(each)) for each in payloads]
     trainer.gate.set()
     assert [each.result(WAIT).step for each in answers] == [1, 2, 3]
-    expected = [(1, step, payload(step).batch.ids.tolist()) for step in (2, 3)]
-    found = [(lineage, step, batch.ids.tolist()) for lineage, step, batch, _ in trainer.prepared]
-    assert found == expected, "and none after the last one"
+    assert [(lineage, step) for lineage, step, _, _ in trainer.prepared] == [(1, 2), (1, 3)]
+    for (_, _, batch, modes), expected in zip(trainer.prepared, payloads[1:], strict=True):
+        assert batch is expected.batch
+        assert modes == expected.modes
     engine.train_step(bare(4)).result(WAIT)
     assert len(trainer.prepared) == 2, "a step that comes alone waits for no preparation"
 
@@ -131,12 +133,29 @@ def test_an_error_while_the_next_step_is_prepared_changes_nothing(rig: Rig) -> N
             raise MemoryError("no room for two batches")
 
     engine = rig.start(Unprepared)
-    rig.trainer.gate.clear()
-    answers = [engine.train_step(bare(seed)) for seed in (1, 2)]
-    rig.trainer.gate.set()
-    assert [each.result(WAIT).step for each in answers] == [1, 2]
-    assert len(rig.trainer.prepared) == 1
+    assert prepared_of(engine, rig, [bare(1), bare(2)]) == 1
     assert rig.fatal == []
+
+
+def prepared_of(engine: Engine, rig: Rig, requests: list[StepRequest], cancelled: int | None = None) -> int:
+    """The number of steps prepared ahead when the requests are in the queue together."""
+    rig.trainer.gate.clear()
+    answers = [engine.train_step(each) for each in requests]
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    if cancelled is not None:
+        answers.pop(cancelled).cancel()
+    rig.trainer.gate.set()
+    assert [each.result(WAIT).step for each in answers] == list(range(1, len(answers) + 1))
+    return len(rig.trainer.prepared)
+
+
+def test_a_step_that_its_client_has_given_up_is_not_prepared(rig: Rig) -> None:
+    assert prepared_of(rig.start(), rig, [bare(1), bare(2)], cancelled=1) == 0
+
+
+def test_with_a_quarantine_nothing_is_prepared_ahead(rig: Rig) -> None:
+    """A crash in the preparation would count against the batch of the step before."""
+    assert prepared_of(rig.start(serve={"poison_after": 2}), rig, [bare(1), bare(2)]) == 0
 
 
 def test_a_step_behind_a_save_is_not_prepared(rig: Rig) -> None:

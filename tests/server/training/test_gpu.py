@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.results import EvalOptions, GenerateOptions, Order, SelfCondMode
+from maskwire_server.training import optimizers
+from maskwire_server.training.corruption import StepKey
 from maskwire_server.training.snapshot import live_tensors
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -261,6 +264,45 @@ def test_a_step_without_memory_changes_nothing_and_the_next_one_trains() -> None
         assert math.isfinite(small.losses.loss)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "critic": {"critic": "self", "self_cond": True, "self_cond_prob": 1.0},
+    "augmented": {"augment_prob": 1.0, "random_token_prob": 0.4, "no_replace_prob": 0.3},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_reads_nothing_from_the_gpu_before_its_losses(objective: str) -> None:
+    trainer = make(objective=OBJECTIVES[objective], micro_batch_tokens=32)
+    train(trainer)
+    host = trainer._host(BATCH)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = trainer._gradients(trainer._prepared(host, Modes(), StepKey(0, 1, STEPS + 1)))
+        copy = sums.begin_read(optimizers.clip(trainer._learners(Modes()), 1.0, trainer._ranks))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    losses, norm = sums.read(copy, 1.0, Modes())
+    assert math.isfinite(losses.loss)
+    assert math.isfinite(norm)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_steps_that_are_prepared_ahead_give_the_same_bits(objective: str) -> None:
+    ahead, alone = (make(objective=OBJECTIVES[objective], deterministic=True) for _ in range(2))
+    called = []
+
+    def prepare(step: int) -> None:
+        called.append(step)
+        ahead.prepare_step(1, step, BATCH, Modes())
+
+    for step in range(1, 1 + STEPS):
+        found = ahead.train_step(1, step, BATCH, Modes(), partial(prepare, step + 1))
+        assert found == alone.train_step(1, step, BATCH, Modes())
+    assert called == list(range(2, 2 + STEPS))
+    assert not different(state(ahead), state(alone))
 
 
 LOST = """

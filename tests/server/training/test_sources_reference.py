@@ -223,7 +223,8 @@ def test_loss_and_gradients_are_those_of_dense_code(
     loss = dense_losses(reference, extra, what, trainer, model)
     loss.backward()  # type: ignore[no-untyped-call]
     found = trainer._gradients(trainer._prepared(batch, MODES, AT))
-    losses, _ = found.read(torch.zeros(()), trainer._objective.critic_loss_weight, MODES)
+    copy = found.begin_read(torch.zeros(()))
+    losses, _ = found.read(copy, trainer._objective.critic_loss_weight, MODES)
     assert losses.loss == pytest.approx(loss.item(), rel=1e-5)
     own = {name: w.grad for name, w in trainer.networks.named_parameters() if w.grad is not None}
     wanted = dict(gradients(reference, extra))
