@@ -100,8 +100,8 @@ class TorchTrainer:
         self.generator, self.critic = groups["generator"], groups.get("critic")
         self._copier = snapshot.Copier(self._ranks)
         self._gathered = Gathered(self._ranks, lambda: Networks(model, objective).to(self._device))
-        means = {part: group.ema for part, group in groups.items() if group.ema is not None}
-        self._averaged = self.networks.with_modules(**means) if means else None
+        kept = {part: group.ema for part, group in groups.items() if group.ema is not None}
+        self._averaged = self.networks.with_modules(**kept) if kept else None
         if foreign:
             model_checks.check_divided(before, lambda: self._small_gradients(self._ranks))
         if serve.compile != "off":

@@ -82,7 +82,7 @@ def test_the_host_knows_how_many_positions_each_part_masks(case: str) -> None:
     ],
     ids=["lineage", "step", "batch", "learning rate", "mode"],
 )
-def test_another_step_than_the_prepared_one_is_prepared_anew(other: tuple[int, int, Batch, Modes]) -> None:
+def test_a_prepared_step_is_not_used_for_another_step(other: tuple[int, int, Batch, Modes]) -> None:
     trainer, alone = make({"critic": "self"}, threads=1), make({"critic": "self"}, threads=1)
     trainer.prepare_step(*other)
     assert trainer.train_step(1, 2, BATCH, Modes()) == alone.train_step(1, 2, BATCH, Modes())
