@@ -134,7 +134,11 @@ def run(*words: str) -> Any:
     """Run a `maskwire` command with --json and return its result. If it fails, exit with its code."""
     program = shutil.which("maskwire") or str(Path(sys.executable).with_name("maskwire"))
     global _running
-    with subprocess.Popen([program, *words, "--json"], stdout=subprocess.PIPE, text=True) as _running:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _TERM)  # until `stop` knows the command
+    with subprocess.Popen(
+        [program, *words, "--json"], stdout=subprocess.PIPE, text=True, preexec_fn=unblock
+    ) as _running:
+        unblock()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command as well, which ends cleanly
         output, _ = _running.communicate()
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -145,7 +149,13 @@ def run(*words: str) -> Any:
     return json.loads(output)
 
 
+_TERM = {signal.SIGTERM}
 _running: subprocess.Popen[str] | None = None
+
+
+def unblock() -> None:
+    """Let SIGTERM through again: here, and in the command, which inherits that it is blocked."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TERM)
 
 
 def stop(number: int, _: FrameType | None) -> None:

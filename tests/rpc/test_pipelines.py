@@ -64,6 +64,21 @@ space.update(run=run, write=write)
 sys.exit(pipeline["main"](arguments))
 """
 
+SIGTERM_AT_START = """
+import os, pathlib, runpy, signal, subprocess, sys, time
+
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        while not pathlib.Path("started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+subprocess.Popen = Popen
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
@@ -168,6 +183,19 @@ def test_the_exit_code_of_a_command_is_the_pipeline_s(pipeline: ModuleType, tmp_
         with pytest.raises(SystemExit) as end:
             pipeline.run("train")
         assert end.value.code == code
+
+
+def test_sigterm_while_a_command_starts_reaches_it(tmp_path: Path) -> None:
+    """The signal comes when the command runs, and the pipeline does not know it yet."""
+    stand_in(tmp_path, 'trap "exit 143" TERM; touch started; while :; do sleep 0.02; done')
+    given = [str(PIPELINE), *arguments(tmp_path, "work")]
+    done = subprocess.run(
+        [sys.executable, "-c", SIGTERM_AT_START, *given],
+        cwd=tmp_path, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 143
+    assert "pipeline: maskwire data ended with exit code 143" in done.stderr
 
 
 def test_sigterm_stops_the_command_in_order(tmp_path: Path) -> None:
