@@ -1,26 +1,35 @@
-"""One run of L3: python -m bench.learner ARM SEED STEPS [HELD-OUT ROWS].
+"""One run of L3: python -m bench.learner ARM SEED SECONDS [--rate RATE] [--rows HELD-OUT ROWS].
 
-Prints JSON: [[step, held-out bits per byte], …] at ten steps.
+Prints JSON: {"steps": steps made, "curve": [[seconds of training, held-out bits per byte], ... ten of them]}.
 
-ARM is `linear` or `quadratic` (maskwire with its defaults and that schedule), or `peer`: x-transformers'
-wrapper with its loss weight corrected to 1/m(t), as in the paper that it cites; uncorrected, training makes
-the model worse. All begin with the same weights, see the same batches, use the same optimizer, and have the
-same evaluator.
+ARM is one of:
+- `linear`, `quadratic`: maskwire with its defaults and that schedule;
+- `peer`: x-transformers' wrapper with its loss weight corrected to 1/m(t), as in the paper that it cites;
+  uncorrected, training makes the model worse;
+- `bernoulli`: the loop of LLaDA and dLLM: each token is masked with probability t, and its loss weighs 1/t.
+
+All begin with the same weights, see the same batches in the same order, use the same optimizer, have the same
+evaluator, and train for the same seconds. Evaluations are not counted. The learning rate rises over the first
+5% of the seconds and then falls as half a cosine to 0.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
-import sys
 import warnings
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from bench.recipe import share
 from demo.library import python_sources
 from maskwire.data.file_data import ByteData
 from maskwire_server import config
@@ -36,34 +45,53 @@ from maskwire_server.training.trainer import TorchTrainer
 
 ROWS, COLUMNS, HELD_OUT, POINTS = 32, 128, 0.05, 10
 MODEL = {"num_tokens": 257, "mask_id": 256, "max_seq_len": COLUMNS, "dim": 128, "depth": 3, "heads": 2}
-OPTIMIZER = {"learning_rate": 2e-3, "warmup_steps": 60}
+RATE = 2e-3
 EVAL_ROWS, EVAL_DRAWS = 64, 16
+SMALLEST_TIME = 1e-3
+"""The smallest t of `bernoulli`, as in dLLM: 1/t is then at most 1,000."""
+ARMS = ("peer", "bernoulli", "linear", "quadratic")
+TrainStep = Callable[[int, npt.NDArray[np.uint8], float], None]
 
 
 def main() -> None:
     """Train and evaluate."""
-    arm, seed, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    training, held_out = sources(seed, int(sys.argv[4]) if len(sys.argv) > 4 else EVAL_ROWS)
-    wrapper = peer(seed)
+    parser = argparse.ArgumentParser(prog="python -m bench.learner")
+    parser.add_argument("arm", choices=ARMS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("--rate", type=float, default=RATE, help="peak learning rate")
+    parser.add_argument("--rows", type=int, default=EVAL_ROWS, help="held-out rows")
+    chosen = parser.parse_args()
+    training, held_out = sources(chosen.seed, chosen.rows)
+    wrapper = peer(chosen.seed)
+    is_ours = chosen.arm in ("linear", "quadratic")
     whole = config.load(
         None,
         model=MODEL,
-        objective={"schedule": "linear" if arm == "peer" else arm},
-        optimizer=OPTIMIZER,
+        objective={"schedule": chosen.arm if is_ours else "linear"},
         serve={"threads": 1},  # several run at once
-        run={"seed": seed},
+        run={"seed": chosen.seed},
     )
-    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, chosen.seed)
     begin = import_state_dict(wrapper.state_dict(), config.ModelConfig(mask_id=256), whole.objective)
     trainer.adopt(begin.weights)
-    networks = Foreign(wrapper.net) if arm == "peer" else trainer.networks
-    train = peer_step(wrapper, whole.optimizer) if arm == "peer" else ours_step(trainer)
-    points = []
-    for step in range(1, steps + 1):
-        train(step, np.stack(list(training.batch(step))))
-        if step % (steps // POINTS) == 0:
-            points.append([step, bits(networks, held_out)])
-    print(json.dumps(points))
+    networks = trainer.networks if is_ours else Foreign(wrapper.net)
+    train = ours_step(trainer)
+    if chosen.arm == "peer":
+        train = peer_step(wrapper, lambda ids: wrapper(ids).loss, whole.optimizer)
+    elif chosen.arm == "bernoulli":
+        train = peer_step(wrapper, lambda ids: bernoulli_loss(wrapper.net, ids), whole.optimizer)
+    curve: list[tuple[float, float]] = []
+    step, spent = 0, 0.0
+    while len(curve) < POINTS:
+        step += 1
+        ids = np.stack(list(training.batch(step)))
+        began = perf_counter()
+        train(step, ids, chosen.rate * share("cosine", spent / chosen.seconds))
+        spent += perf_counter() - began
+        while len(curve) < POINTS and spent >= chosen.seconds * (len(curve) + 1) / POINTS:
+            curve.append((spent, bits(networks, held_out)))
+    print(json.dumps({"steps": step, "curve": curve}))
 
 
 def sources(seed: int, count: int) -> tuple[ByteData, Tensor]:
@@ -124,23 +152,34 @@ class Foreign:
         raise NotImplementedError
 
 
-def ours_step(trainer: TorchTrainer) -> Callable[[int, Any], None]:
+def bernoulli_loss(net: Any, ids: Tensor) -> Tensor:
+    """The loss of masking each token with probability t, t uniform per row (LLaDA, arXiv 2502.09992, (3))."""
+    times_b1 = SMALLEST_TIME + (1 - SMALLEST_TIME) * torch.rand(len(ids), 1)
+    masked_bn = torch.rand(ids.shape) < times_b1
+    logits_bnv = net(torch.where(masked_bn, MODEL["mask_id"], ids))
+    losses_m = F.cross_entropy(logits_bnv[masked_bn], ids[masked_bn], reduction="none")
+    return (losses_m / times_b1.expand_as(ids)[masked_bn]).sum() / ids.numel()
+
+
+def ours_step(trainer: TorchTrainer) -> TrainStep:
     """A training step of maskwire."""
 
-    def step(number: int, ids: Any) -> None:
-        trainer.train_step(1, number, Batch(ids, *ids.shape), Modes())
+    def step(number: int, ids: npt.NDArray[np.uint8], rate: float) -> None:
+        trainer.train_step(1, number, Batch(ids, *ids.shape), Modes(learning_rate=rate))
 
     return step
 
 
-def peer_step(wrapper: Any, settings: config.OptimizerConfig) -> Callable[[int, Any], None]:
-    """A training step of x-transformers, with the same settings of the same optimizer."""
+def peer_step(
+    wrapper: Any, loss_of: Callable[[Tensor], Tensor], settings: config.OptimizerConfig
+) -> TrainStep:
+    """A training step on x-transformers' network, with the same settings of the same optimizer."""
     group = optimizers.Group(wrapper, settings, fused=True)
 
-    def step(number: int, ids: Any) -> None:
-        wrapper(torch.from_numpy(ids.astype(np.int64))).loss.backward()
+    def step(_: int, ids: npt.NDArray[np.uint8], rate: float) -> None:
+        torch.autograd.backward(loss_of(torch.from_numpy(ids.astype(np.int64))))
         optimizers.clip([group], settings.clip_grad_norm, Ranks())
-        group.update(optimizers.learning_rate(settings, number))
+        group.update(rate)
         group.clear_gradients()
 
     return step

@@ -10,9 +10,10 @@ import numpy as np
 from bench.harness import Row
 
 INK, MUTED, GREEN, ORANGE, BLUE = "#1f2933", "#9aa5b1", "#3a8f5c", "#e07b39", "#2f6fb2"
-COLORS = {"peer": MUTED, "linear": BLUE, "quadratic": ORANGE}
+COLORS = {"peer": MUTED, "bernoulli": GREEN, "linear": BLUE, "quadratic": ORANGE}
 NAMES = {
     "peer": "x-transformers, weight mended",
+    "bernoulli": "Bernoulli masks and 1/t, as in dLLM",
     "linear": "maskwire, linear (the default)",
     "quadratic": "maskwire, quadratic",
 }
@@ -57,16 +58,16 @@ def reached(row: Row) -> float | None:
     return bound / row.value if kind == "≤" else row.value / bound
 
 
-def learning_curves(found: dict[str, list[list[tuple[int, float]]]], picture: Path) -> None:
-    """Draw held-out bits per byte by step: a thin line per seed and a thick one for their mean."""
+def learning_curves(found: dict[str, list[list[tuple[float, float]]]], picture: Path) -> None:
+    """Draw held-out bits per byte by minutes: a thin line per seed and a thick one for their mean."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
     for arm, curves in found.items():
-        steps = [step for step, _ in curves[0]]
+        minutes = [seconds / 60 for seconds, _ in curves[0]]
         values = np.array([[bits for _, bits in curve] for curve in curves])
-        axes.plot(steps, values.T, color=COLORS[arm], alpha=0.3, linewidth=0.8)
-        axes.plot(steps, values.mean(0), color=COLORS[arm], linewidth=2, label=NAMES[arm], marker="o", ms=3)
-    axes.set_xlabel("step", color=INK)
+        axes.plot(minutes, values.T, color=COLORS[arm], alpha=0.3, linewidth=0.8)
+        axes.plot(minutes, values.mean(0), color=COLORS[arm], linewidth=2, label=NAMES[arm], marker="o", ms=3)
+    axes.set_xlabel("minutes of training on one core", color=INK)
     axes.set_ylabel("held-out bits per byte", color=INK)
     axes.set_title(f"The same weights, batches and evaluator, {len(curves)} seeds", loc="left", color=INK)
     axes.spines[["top", "right"]].set_visible(False)

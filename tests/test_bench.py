@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -75,9 +76,9 @@ def test_the_picture_shows_what_has_a_target_as_a_share_of_it(tmp_path: Path) ->
     assert picture.reached(Row("P1", "a", "≥ 0.5", 1.0)) == 2
     assert picture.reached(Row("P8", "a", "≤ 2 s", 4.0)) == 0.5
     assert picture.reached(Row("P2", "a", "≤ 1.1", None)) is None
-    assert picture.reached(Row("L3", "a", "≥ −2 standard errors", 0.1)) is None
+    assert picture.reached(Row("L3", "a", "> 2 standard errors", 0.1)) is None
     picture.overview([Row("P1", "a", "≥ 0.5", 1.0, met=True), Row("P2", "b", "", 1.0)], tmp_path / "a.png")
-    curves = {arm: [[(1, 3.0), (2, 2.0)], [(1, 3.5), (2, 2.5)]] for arm in learning.ARMS}
+    curves = {arm: [[(60.0, 3.0), (120.0, 2.0)], [(60.5, 3.5), (121.0, 2.5)]] for arm in learner.ARMS}
     picture.learning_curves(curves, tmp_path / "b.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 
@@ -92,7 +93,7 @@ def test_what_the_known_sources_are_worth_is_their_entropy() -> None:
     assert (twins[:, ::2] == twins[:, 1::2]).all()
 
 
-@pytest.mark.parametrize("arm", ["peer", "linear"])
+@pytest.mark.parametrize("arm", ["peer", "bernoulli", "linear"])
 def test_a_run_of_l3_gives_ten_points(
     arm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,11 +101,12 @@ def test_a_run_of_l3_gives_ten_points(
     files = learner.python_sources()[:30]
     monkeypatch.setattr(learner, "ROWS", 8)
     monkeypatch.setattr(learner, "python_sources", lambda: files)
-    monkeypatch.setattr("sys.argv", ["learner", arm, "0", "10", "2"])
+    monkeypatch.setattr(learner, "perf_counter", itertools.count().__next__)  # each step takes a second
+    monkeypatch.setattr("sys.argv", ["learner", arm, "0", "20", "--rows", "2"])
     learner.main()
-    points = json.loads(capsys.readouterr().out)
-    assert [step for step, _ in points] == list(range(1, 11))
-    assert points[-1][1] < points[0][1]
+    curve = json.loads(capsys.readouterr().out)["curve"]
+    assert [seconds for seconds, _ in curve] == list(range(2, 21, 2))
+    assert curve[-1][1] < curve[0][1] - 1
 
 
 def test_the_flops_of_a_step_are_those_of_its_matrices() -> None:
