@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from bench.harness import module
 from demo.library import python_sources
@@ -53,6 +54,10 @@ class Recipe:
     rows: int = 8
     rate: float = 4e-3
     decay: Literal["cosine", "linear", "last fifth"] = "cosine"
+    growth: tuple[int, ...] = (1,)
+    """Rows of a batch as multiples of `rows`, each for an equal share of the seconds."""
+    scaled_init: bool = False
+    """Whether initial weights that add to the residual stream are divided by √(2 · depth), as in GPT-2."""
 
 
 ROTARY = {"positions": "rotary"}
@@ -82,6 +87,9 @@ ARMS = {
     "best, tied embeddings": replace(BEST, model={**NARROW, "tied_embeddings": True}),
     "best, linear decay": replace(BEST, decay="linear"),
     "best, no average": replace(BEST, optimizer={**MUON, "ema_decay": 0.0}),
+    "best, initialisation scaled by depth": replace(BEST, scaled_init=True),
+    "best, 4, 8 and 16 rows": replace(BEST, rows=4, growth=(1, 2, 4)),
+    "best, 8, 16 and 32 rows": replace(BEST, growth=(1, 2, 4)),
     "best, weight decay 0.1": replace(BEST, optimizer={**MUON, "weight_decay": 0.1}),
     "4 x 48": replace(BEST, model={**NARROW, "dim": 48, "dim_head": 24}, rate=4e-3),
     "6 x 64, 16 rows": replace(BEST, model={**NARROW, "depth": 6}, rate=4e-3, rows=16),
@@ -93,6 +101,10 @@ ARMS = {
     "4 x 96, AdamW, rate 8e-3": replace(WIDER, optimizer={}, rate=8e-3),
     "4 x 96, linear schedule": replace(WIDER, objective={}),
     "4 x 96, LayerNorm and no qk_norm": replace(WIDER, model={**WIDE, "norm": "layernorm", "qk_norm": False}),
+    "6 x 128, 16 rows": replace(WIDER, model={**WIDE, "dim": 128, "depth": 6, "heads": 4}, rows=16),
+    "6 x 128, 8, 16 and 32 rows": replace(
+        WIDER, model={**WIDE, "dim": 128, "depth": 6, "heads": 4}, growth=(1, 2, 4)
+    ),
     "6 x 192, 16 rows": replace(
         WIDER, model={**WIDE, "dim": 192, "depth": 6, "heads": 3, "dim_head": 64}, rows=16
     ),
@@ -144,14 +156,19 @@ def train(recipe: Recipe, seconds: float, seed: int, *, test: bool) -> dict[str,
     training, _ = ByteData(python_sources(), length=LENGTH, batch_size=recipe.rows, seed=seed).split(HELD_OUT)
     spread = held_out(test=test).spread(2 * EVAL_ROWS)
     rows = [row for row in spread if len(row) == LENGTH][:EVAL_ROWS]
+    if recipe.scaled_init:
+        scale_init(trainer)
     trainer.warm_up()
     points: list[float] = []
-    step, spent = 0, 0.0
+    step, read, spent = 0, 0, 0.0
     while spent < seconds:
         if spent >= seconds * (len(points) + 1) / 4:
             points.append(bits(trainer, rows))
         step += 1
-        texts = list(training.batch(step))
+        texts: list[np.ndarray] = []
+        for _ in range(recipe.growth[int(len(recipe.growth) * spent / seconds)]):
+            read += 1
+            texts.extend(training.batch(read))
         lengths = np.array([len(text) for text in texts], np.int32)
         batch = Batch(np.concatenate(texts), len(texts), int(lengths.max()), lengths)
         began = time.perf_counter()
@@ -161,6 +178,15 @@ def train(recipe: Recipe, seconds: float, seed: int, *, test: bool) -> dict[str,
         spent += time.perf_counter() - began
     found = bits(trainer, rows)
     return {"bits": found, "points": points, "steps": step, "parameters": trainer.info.parameters}
+
+
+def scale_init(trainer: TorchTrainer) -> None:
+    """Divide the weights that add to the residual stream by √(2 · depth): the sum of 2 · depth outputs."""
+    named = dict(trainer.networks.generator.named_parameters())
+    added = [weight for name, weight in named.items() if name.endswith(("to_out.weight", "down.weight"))]
+    with torch.no_grad():
+        for weight in added:
+            weight.div_(math.sqrt(len(added)))
 
 
 def held_out(*, test: bool) -> ByteData:
