@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
-from rig import wait_for
-from robustness import planted_mirror
+from robustness import planted_mirror, planted_pipeline
 
 from maskwire.loggers import backfill
 from maskwire.protocol import fit_milestones
@@ -32,19 +30,16 @@ from maskwire_server.checkpoints import provenance, retention, saver, store
 from maskwire_server.engine import (
     admission,
     admission_rules,
-    commits,
     committer,
     executor,
-    queue,
-    save_thread,
     sessions,
     startup,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
 from maskwire_server.recovery import boot, rebuild, replay, replay_settings
-from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
-from maskwire_server.results import EvalOptions, StepResult
+from maskwire_server.requests import SaveRequest, SessionRef, SessionRequest, StepRequest
+from maskwire_server.results import StepResult
 
 Patch = tuple[Any, str, Any]
 
@@ -165,7 +160,6 @@ def checkpoints_beside_fast_steps(folder: Path) -> None:
     from robustness import damage
 
     from maskwire_server import failpoints
-    from maskwire_server.requests import SaveRequest, StepRequest
 
     with damage.Run(folder / "run") as run:
         failpoints.install(lambda name: time.sleep(0.005) if name == "journal.begin" else None)
@@ -221,8 +215,6 @@ def a_takeover_of_a_queue(folder: Path) -> None:
     """Whoever is taken over has nothing trained after it."""
     from robustness import damage
 
-    from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
-
     with damage.Run(folder / "run") as run:
         engine = run.engine
         first = engine.open_session(SessionRequest("first", "1")).result(damage.WAIT)
@@ -252,8 +244,6 @@ def checkpoints_of_another_run(folder: Path) -> None:
     """Two checkpoints of another run copied in, a save, and the save damaged: the run starts all the same."""
     from robustness import damage
 
-    from maskwire_server.requests import SaveRequest, StepRequest
-
     with damage.Run(folder / "other") as run:
         for step in range(1, 21):
             run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
@@ -279,8 +269,6 @@ def a_checkpoint_damaged_between_saves(folder: Path) -> None:
     """The checkpoint before the last is damaged on the disk, then the last: the run starts all the same."""
     from robustness import damage
 
-    from maskwire_server.requests import SaveRequest, StepRequest
-
     checkpoints = folder / "run" / "checkpoints"
 
     def shorten(name: str) -> None:
@@ -303,8 +291,6 @@ def a_checkpoint_damaged_between_saves(folder: Path) -> None:
 def a_full_disk_and_a_long_log(folder: Path) -> None:
     """Training that waits for disk space resumes once the log is merged, although no file is deleted."""
     from robustness import damage
-
-    from maskwire_server.requests import StepRequest
 
     with damage.Run(folder / "run") as run:
         run.engine.train_step(StepRequest(damage.payload(1))).result(damage.WAIT)
@@ -417,154 +403,7 @@ def an_inexact_replay(folder: Path) -> None:
     assert len(manifest["inexact_replays"]) == 1, "a checkpoint does not tell what led to its weights"
 
 
-@contextlib.contextmanager
-def held_journal(folder: Path) -> Iterator[tuple[Any, Any]]:
-    """An engine whose first step is computed and waits for the journal, and what lets it go on."""
-    from robustness import damage
-
-    from maskwire_server import failpoints
-
-    with damage.Run(folder / "run") as run:
-        reached, release = threading.Event(), threading.Event()
-
-        def hold(name: str) -> None:
-            if name == "journal.begin":
-                reached.set()
-                assert release.wait(damage.WAIT)
-
-        failpoints.install(hold)
-        try:
-            step = run.engine.train_step(StepRequest(damage.payload(1), None, None, "first"))
-            assert reached.wait(damage.WAIT)
-            yield run.engine, step
-        finally:
-            failpoints.install(None)
-            release.set()
-        wait_for(lambda: step.done() or bool(run.fatal))
-        assert not run.fatal, f"the journal refused it: {run.fatal[0]}"
-        assert step.result().step == 1
-
-
-def a_read_beside_a_held_journal(folder: Path) -> None:
-    """An evaluation is not answered while the step that it saw is not durable."""
-    from robustness import damage
-
-    with held_journal(folder) as (engine, _):
-        seen = engine.eval_loss(EvalRequest(damage.payload(2).batch, EvalOptions((0,))))
-        with contextlib.suppress(TimeoutError):
-            seen.result(0.5)
-            raise AssertionError("it was answered")
-
-
-def a_save_beside_a_held_journal(folder: Path) -> None:
-    """No checkpoint of a step is published while the step is not durable."""
-
-    with held_journal(folder) as (engine, _):
-        saved = engine.save(SaveRequest("ahead"))
-        with contextlib.suppress(TimeoutError):
-            saved.result(0.5)
-            raise AssertionError("it was answered")
-        assert not (folder / "run" / "checkpoints" / "ahead").exists(), "it was published"
-
-
-def steps_from_many_threads(folder: Path) -> None:
-    """Steps become durable in their order, each in one transaction of one thread."""
-    from robustness import damage
-
-    with damage.Run(folder / "run") as run:
-        futures = [run.engine.train_step(StepRequest(damage.payload(step))) for step in range(1, 60)]
-        answers = [future.result(damage.WAIT).step for future in futures]
-        assert sorted(answers) == list(range(1, 60))
-        assert not run.fatal, "two threads met in the journal"
-        threads = [t.name for t in threading.enumerate() if t.name.startswith("maskwire-committer")]
-        assert len(threads) == 1, "the journal has two threads"
-
-
-def a_retry_beside_a_held_journal(folder: Path) -> None:
-    """The same request joins the one that is not committed yet."""
-    from robustness import damage
-
-    with held_journal(folder) as (engine, step):
-        retry = engine.train_step(StepRequest(damage.payload(1), None, None, "first"))
-    assert retry.done(), "it is not answered together with the first"  # the engine is closed
-    assert step.result().step == retry.result().step == 1, "it was trained twice"
-
-
 # What is taken out.
-
-
-def _answer_before_the_journal() -> list[Patch]:
-    written = committer.Committer._write_all
-
-    def write_late(self: Any, taken: list[Any]) -> bool:
-        for commit in taken:
-            commit.committed()
-            commit.committed = lambda: None
-        return written(self, taken)
-
-    return [(committer.Committer, "_write_all", write_late)]
-
-
-def _read_before_the_flush() -> list[Patch]:
-    def at_once(self: Any, commit: Any) -> None:
-        if isinstance(commit, commits.AnswerCommit):
-            commit.committed()
-        else:
-            appended(self, commit)
-
-    appended = committer.Committer.append
-    return [(committer.Committer, "append", at_once)]
-
-
-def _checkpoint_before_the_flush() -> list[Patch]:
-    appended = committer.Committer.append
-
-    def at_once(self: Any, commit: Any) -> None:
-        if isinstance(commit, save_thread.SaveCommit):
-            commit.committed()
-            commit.committed = lambda: None  # type: ignore[method-assign]
-        appended(self, commit)
-
-    return [(committer.Committer, "append", at_once)]
-
-
-def _id_forgotten_before_its_commit() -> list[Patch]:
-    started = queue.Queue.start
-
-    def forgetful(self: Any, step: Any, number: int) -> None:
-        started(self, step, number)
-        self._by_id.pop(step.request.request_id, None)
-
-    return [(queue.Queue, "start", forgetful)]
-
-
-def _a_missed_number() -> list[Patch]:
-    started = queue.Queue.start
-
-    def skipping(self: Any, step: Any, number: int) -> None:
-        started(self, step, number + (number == 3))
-
-    return [(queue.Queue, "start", skipping)]
-
-
-def _two_committers() -> list[Patch]:
-    start, close = committer.Committer.start, committer.Committer.close
-    second: list[threading.Thread] = []
-
-    def twice(self: Any) -> None:
-        start(self)
-        second.append(threading.Thread(target=self._main, name="maskwire-committer-2", daemon=True))
-        second[-1].start()
-
-    def both(self: Any) -> None:  # a connection that is closed while a thread uses it ends the process
-        self._stopping = True
-        for thread in (self._thread, *second):
-            while thread.is_alive():
-                self.wake()
-                thread.join(0.01)
-        close(self)
-
-    return [(committer.Committer, "start", twice), (committer.Committer, "close", both)]
 
 
 def _no_epoch_check() -> list[Patch]:
@@ -787,16 +626,7 @@ def _inexact_replays_not_in_manifests() -> list[Patch]:
 
 
 BUGS = {
-    "answer-before-the-journal": Bug("answers go out before their step is durable",
-        _answer_before_the_journal, the_model),
-    "read-before-the-flush": Bug("an evaluation tells of a step that is not durable",
-        _read_before_the_flush, a_read_beside_a_held_journal),
-    "checkpoint-before-the-flush": Bug("a checkpoint is ahead of the journal",
-        _checkpoint_before_the_flush, a_save_beside_a_held_journal),
-    "id-forgotten-before-its-commit": Bug("a retry beside the commit is a new step",
-        _id_forgotten_before_its_commit, a_retry_beside_a_held_journal),
-    "missed-number": Bug("a number is left out", _a_missed_number, the_model),
-    "two-committers": Bug("two threads use the journal", _two_committers, steps_from_many_threads),
+    **{name: Bug(*parts) for name, parts in planted_pipeline.BUGS.items()},
     "no-epoch-check": Bug("a superseded writer goes on", _no_epoch_check, the_model),
     "journal-without-flushes": Bug("the journal is not flushed", _journal_without_flushes,
         partial(a_power_loss, bug="journal-without-flushes")),
