@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import inspect
+import textwrap
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,8 @@ from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature, refuse_unknown_keywords
 
+FunctionDef = ast.FunctionDef | ast.AsyncFunctionDef
+
 PAIRS = [
     (maskwire.client, maskwire.aio, ["attach", "connect"]),
     (maskwire.client.Client, maskwire.aio.Client, []),
@@ -36,16 +40,24 @@ def names_of(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def declared(function: Any) -> list[inspect.Parameter]:
-    """The parameters as written in the source, whatever `keep_signature` says."""
-    code = getattr(function, "__signature__", None)
-    try:
-        if code is not None:
-            del function.__signature__
-        return list(inspect.signature(function).parameters.values())
-    finally:
-        if code is not None:
-            function.__signature__ = code
+def declared(definition: FunctionDef) -> str:
+    """The parameters as written in the source, whatever `keep_signature` makes of them."""
+    return ast.unparse(definition.args)
+
+
+def definitions(module: ModuleType) -> dict[str, FunctionDef]:
+    """The public functions and methods that a module's source defines, by their names in the module."""
+    found: dict[str, FunctionDef] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        inside = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        for each in inside:
+            if isinstance(each, FunctionDef) and not each.name.startswith("_"):
+                found[prefix + each.name] = each
+    return found
+
+
+BLOCKING, AWAITED = definitions(maskwire.client), definitions(maskwire.aio)
 
 
 @pytest.mark.parametrize(("blocking", "awaited", "names"), PAIRS, ids=["functions", "Client", "Trainer"])
@@ -62,14 +74,23 @@ def test_both_clients_have_the_same_calls_arguments_and_docstrings(
             assert list(parameters.values()) == list(inspect.signature(other).parameters.values()), name
 
 
-@pytest.mark.parametrize(
-    "name", ["connect", "attach", "Client.close", "Trainer.train_step", "Trainer.submit", "Trainer.close"]
-)
+def test_what_both_clients_write_themselves_is_found() -> None:
+    both = {"attach", "connect", "Client.close", "Trainer.train_step", "Trainer.submit", "Trainer.restore",
+            "Trainer.close"}  # fmt: skip
+    assert AWAITED.keys() == both
+    assert BLOCKING.keys() == both | {"run_fit"}
+
+
+@pytest.mark.parametrize("name", sorted(AWAITED))
 def test_a_method_written_in_both_clients_declares_the_same_parameters(name: str) -> None:
-    one, other = maskwire.client, maskwire.aio
-    for part in name.split("."):
-        one, other = getattr(one, part), getattr(other, part)
-    assert declared(one) == declared(other)
+    assert declared(BLOCKING[name]) == declared(AWAITED[name])
+
+
+@pytest.mark.parametrize("client", [BLOCKING, AWAITED], ids=["blocking", "asyncio"])
+def test_restore_declares_the_parameters_of_its_operation(client: dict[str, FunctionDef]) -> None:
+    operation = ast.parse(textwrap.dedent(inspect.getsource(Writer.restore))).body[0]
+    assert isinstance(operation, FunctionDef)
+    assert declared(client["Trainer.restore"]) == declared(operation)
 
 
 @pytest.mark.parametrize("trainer", [maskwire.client.Trainer, maskwire.aio.Trainer])
@@ -121,7 +142,9 @@ def test_parameters_that_drift_apart_are_found() -> None:
     def drifted(name: str, *, rating: float = 0.0) -> None: ...
 
     assert inspect.signature(drifted).parameters == inspect.signature(source).parameters
-    assert declared(drifted) != declared(source)
+    written = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(drifted)))).body[0]
+    assert isinstance(written, FunctionDef)
+    assert declared(written) == "name: str, *, rating: float=0.0"
 
 
 MADE_BY_OTHERS = {"Client", "Trainer"}
