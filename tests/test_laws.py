@@ -216,30 +216,37 @@ def test_importing_stays_light(statement: str, absent: list[str]) -> None:
 
 
 def module_graph(folder: Path) -> dict[str, set[str]]:
-    """The imports between the modules of a package, type-checking imports included."""
-    files = {
+    """The imports between the modules of a package, type-checking imports included.
+
+    `from package import module` imports the module; any other name is the package's own. Not counted is that
+    Python runs a package before each module in it, because then a package would be in a circle with every
+    module whose names it offers, as `maskwire` with `maskwire.client`. That is harmless while no such module
+    takes a name from the package, or imports it by its own name; both are counted.
+    """
+    modules = files(folder)
+    return {
+        module: set().union(*(imported(node, modules) for node in ast.walk(tree(path)))) - {module}
+        for module, path in modules.items()
+    }
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """The modules of a package."""
+    found = {
         ".".join(path.relative_to(folder.parent).with_suffix("").parts): path for path in sources(folder)
     }
-    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
-    graph = {}
-    for module, path in modules.items():
-        found = imports(path)
-        # `from package import module` imports the module; of the package itself it needs nothing.
-        found -= {name.rpartition(".")[0] for name in found if name in modules} - _imported_for_names(
-            path, modules
-        )
-        graph[module] = {name for name in found if name in modules and name != module}
-    return graph
+    return {name.removesuffix(".__init__"): path for name, path in found.items()}
 
 
-def _imported_for_names(path: Path, modules: dict[str, Path]) -> set[str]:
-    """The modules from which a file imports a name that is no module."""
-    nodes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom)]
-    return {
-        node.module or ""
-        for node in nodes
-        if any(f"{node.module}.{alias.name}" not in modules for alias in node.names)
-    }
+def imported(node: ast.AST, modules: dict[str, Path]) -> set[str]:
+    """The modules of a package that a statement imports."""
+    found: set[str] = set()
+    if isinstance(node, ast.Import):
+        found = {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+        names = {f"{node.module}.{alias.name}" for alias in node.names}
+        found = {name if name in modules else node.module or "" for name in names}
+    return found & modules.keys()
 
 
 def cycles(graph: dict[str, set[str]]) -> set[str]:
@@ -257,6 +264,23 @@ def cycles(graph: dict[str, set[str]]) -> set[str]:
         left = {module: imported for module, imported in left.items() if module in used}
 
 
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("from maskwire import results", {"maskwire.results"}),
+        ("from maskwire import connect", {"maskwire"}),
+        ("from maskwire import connect, results", {"maskwire", "maskwire.results"}),
+        ("import maskwire, maskwire.errors", {"maskwire", "maskwire.errors"}),
+        ("from maskwire.errors import MaskwireError", {"maskwire.errors"}),
+        ("import torch", set()),
+    ],
+)
+def test_a_statement_imports_modules_and_the_packages_whose_names_it_takes(
+    statement: str, found: set[str]
+) -> None:
+    assert imported(ast.parse(statement).body[0], files(CLIENT)) == found
+
+
 def test_a_cycle_is_found() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"b", "c"}
 
@@ -264,3 +288,13 @@ def test_a_cycle_is_found() -> None:
 @pytest.mark.parametrize("folder", [SERVER, CLIENT], ids=["server", "client"])
 def test_modules_import_one_another_in_one_direction(folder: Path) -> None:
     assert cycles(module_graph(folder)) == set()
+
+
+MOST_LINES = 350
+
+
+def test_no_source_file_is_longer_than_a_reader_can_keep_in_mind() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in [*sources(SERVER), *sources(CLIENT)]}
+    assert len(lengths) > 100
+    too_long = {str(path.relative_to(ROOT)): count for path, count in lengths.items() if count > MOST_LINES}
+    assert not too_long, f"split them: the limit is {MOST_LINES} lines"
