@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from counter import CounterTrainer
@@ -19,7 +21,11 @@ from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.errors import Refused
+from maskwire_server.journal.journal import Journal
 from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
+
+if TYPE_CHECKING:
+    import pytest
 
 WAIT = 20
 DIGEST = DigestVersion(2, CounterTrainer().info.num_tokens)
@@ -121,3 +127,19 @@ def reason_of(call: Callable[[], Future[Any]]) -> str:
 
 class FullDisk(sqlite3.OperationalError):
     sqlite_errorcode = sqlite3.SQLITE_FULL
+
+
+@contextmanager
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Hold every transaction back until what this yields is called."""
+    transaction, flushed = Journal.transaction, threading.Event()
+
+    def waiting(self: Journal, write: Callable[[], object]) -> None:
+        assert flushed.wait(WAIT)
+        transaction(self, write)
+
+    monkeypatch.setattr(Journal, "transaction", waiting)
+    try:
+        yield flushed.set
+    finally:
+        flushed.set()

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from counter import NAN_ID
-from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
+from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, slow_disk, wait_for
 
 from maskwire.v1.digest import DigestVersion, step_digest
 from maskwire.v1.values import RunState
-from maskwire_server.batch import Batch, Modes, Payload
+from maskwire_server.batch import Batch, Modes, Payload, Prompts
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import SessionOpening
 from maskwire_server.errors import Refused
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
-from maskwire_server.requests import EvalRequest, SessionRequest, StepRequest
-from maskwire_server.results import EvalOptions
+from maskwire_server.requests import EvalRequest, GenerateRequest, SessionRequest, StepRequest
+from maskwire_server.results import EvalOptions, GenerateAnswer, GenerateOptions
 
 
 @pytest.fixture
@@ -38,22 +37,6 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(Committer, "read", noting)
     return asked
-
-
-@contextmanager
-def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Hold every transaction back until what this yields is called."""
-    transaction, flushed = Journal.transaction, threading.Event()
-
-    def waiting(self: Journal, write: Callable[[], object]) -> None:
-        assert flushed.wait(WAIT)
-        transaction(self, write)
-
-    monkeypatch.setattr(Journal, "transaction", waiting)
-    try:
-        yield flushed.set
-    finally:
-        flushed.set()
 
 
 def test_the_next_step_of_a_session_asks_the_journal_nothing(rig: Rig, questions: list[Any]) -> None:
@@ -193,6 +176,33 @@ def test_what_is_read_is_shown_once_the_steps_it_saw_are_durable(
         flush()
         answer = evaluation.result(WAIT)
         assert (answer.step, answer.digest) == (1, step.result(WAIT).digest)
+
+
+def test_what_is_generated_is_shown_once_the_step_it_saw_is_durable(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, shown = rig.start(), threading.Event()
+    answers: list[GenerateAnswer] = []
+    with slow_disk(monkeypatch) as flush:
+        step = engine.train_step(bare(1))
+        wait_for(lambda: engine.status().step == 1)
+        wanted = GenerateRequest(Prompts.nothing(2, 4), GenerateOptions((0, 1)), every_step=True)
+        generation = engine.generate(wanted)
+        wait_for(lambda: rig.trainer.passes == 4)
+
+        def read() -> None:
+            for answer in generation:
+                answers.append(answer)
+                shown.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert not shown.wait(0.1)
+        assert not step.done()
+        flush()
+        reader.join(WAIT)
+        digest = step.result(WAIT).digest
+    assert [(answer.step, answer.digest) for answer in answers] == [(1, digest)] * 4
 
 
 def test_a_superseded_nonce_is_used_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
