@@ -126,18 +126,27 @@ def test_a_full_queue_refuses_what_would_run_or_wait() -> None:
     assert refusal(11, queue_length=8) == "QUEUE_FULL"
 
 
-@pytest.mark.parametrize(
-    ("state", "reason"),
-    [
-        (RunState.RECOVERING, "RECOVERING"),
-        (RunState.RESTORING, "RESTORING"),
-        (RunState.HELD, "HELD"),
-        (RunState.DRAINING, "DRAINING"),
-        (RunState.HALTED, "HALTED"),
-    ],
-)
-def test_states_that_admit_nothing_say_which_they_are(state: RunState, reason: str) -> None:
-    assert refusal(at=replace(AT, state=state)) == reason
+CLOSED = [RunState.RECOVERING, RunState.RESTORING, RunState.HELD, RunState.DRAINING, RunState.HALTED]
+"""The states that admit no step."""
+
+
+@pytest.mark.parametrize("state", CLOSED, ids=lambda state: state.name)
+def test_states_that_admit_nothing_say_which_they_are(state: RunState) -> None:
+    assert refusal(at=replace(AT, state=state)) == state.name
+
+
+def test_a_gap_is_found_before_a_full_queue() -> None:
+    assert refusal(14, queue_length=8) == "GAP"
+    assert refusal(11, replace(AT, refused_step=10), queue_length=8) == "GAP"
+
+
+@pytest.mark.parametrize("state", CLOSED, ids=lambda state: state.name)
+def test_a_gap_and_then_a_full_queue_are_found_before_the_state(state: RunState) -> None:
+    at = replace(AT, state=state)
+    assert refusal(14, at) == refusal(14, at, queue_length=8) == "GAP"
+    assert refusal(11, replace(at, refused_step=10)) == "GAP"
+    assert refusal(10, at, queue_length=8) == "QUEUE_FULL"
+    assert refusal(None, at, queue_length=8) == "QUEUE_FULL"
 
 
 def test_a_refusal_names_the_client_that_has_the_session_or_had_it_last() -> None:

@@ -1,4 +1,4 @@
-"""What waits in the queue when training is held, halted or restored: what is popped, and what is refused."""
+"""What waits when training is held, halted or restored, and what is answered though nothing is admitted."""
 
 from __future__ import annotations
 
@@ -94,3 +94,45 @@ def test_a_restore_goes_before_the_steps_that_wait_and_refuses_them(rig: Rig) ->
     assert [reason(future) for future in waiting] == ["WRONG_RUN"] * 2
     assert (restored.result(WAIT).lineage, restored.result(WAIT).step) == (2, 0)
     assert rig.trainer.trained == [(1, 1)]
+
+
+@pytest.mark.parametrize("step", [None, 1], ids=["by its id", "by its step"])
+def test_a_known_step_is_answered_though_the_queue_is_full(rig: Rig, step: int | None) -> None:
+    engine = rig.start(serve={"queue_limit": 1})
+    session = open_session(engine)
+    first = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
+    rig.trainer.gate.clear()
+    rig.trainer.entered = threading.Semaphore(0)
+    running = engine.train_step(StepRequest(payload(2), session, 2, "two"))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    queued = engine.train_step(StepRequest(payload(3), session, 3, "three"))
+    assert reason(engine.train_step(StepRequest(payload(4), session, 4, "four"))) == "QUEUE_FULL"
+    again = engine.train_step(StepRequest(payload(1), session, step, "one")).result(WAIT)
+    assert (again.replayed, again.step, again.digest) == (True, 1, first.digest)
+    joined = engine.train_step(StepRequest(payload(2), session, 2, "two"))
+    rig.trainer.gate.set()
+    assert joined.result(WAIT) == running.result(WAIT)
+    assert queued.result(WAIT).step == 3
+
+
+@pytest.mark.parametrize("step", [None, 1], ids=["by its id", "by its step"])
+def test_a_known_step_is_answered_while_a_drain_waits_for_another(rig: Rig, step: int | None) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    session = open_session(engine)
+    first = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
+    rig.trainer.gate.clear()
+    rig.trainer.entered = threading.Semaphore(0)
+    running = engine.train_step(StepRequest(payload(2), session, 2, "two"))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    drained: list[bool] = []
+    draining = threading.Thread(target=lambda: drained.append(engine.drain(WAIT)))
+    draining.start()
+    wait_for(lambda: engine.status().state is RunState.DRAINING)
+    assert reason(engine.train_step(StepRequest(payload(3), session, 3, "three"))) == "DRAINING"
+    again = engine.train_step(StepRequest(payload(1), session, step, "one")).result(WAIT)
+    assert (again.replayed, again.step, again.digest) == (True, 1, first.digest)
+    joined = engine.train_step(StepRequest(payload(2), session, 2, "two"))
+    rig.trainer.gate.set()
+    draining.join(WAIT)
+    assert drained == [True]
+    assert joined.result(WAIT) == running.result(WAIT)
