@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fork_server
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 READY = "maskwire-server listening on "
 WAIT = 60.0
@@ -110,3 +112,17 @@ class ServerProcess:
         if self.process.stdout is not None:
             self.process.stdout.close()
         return code
+
+
+def healthy(address: str, service: str = "") -> bool:
+    """Whether the health service says SERVING of a service."""
+    with grpc.insecure_channel(address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service=service), timeout=20
+        )
+    return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def health(address: str) -> tuple[bool, bool, bool]:
+    """What the health service says: whether the server is ready, under both of its names, and live."""
+    return healthy(address), healthy(address, "maskwire.v1.TrainingService"), healthy(address, "liveness")

@@ -12,7 +12,7 @@ from typing import Any
 import fork_server
 import grpc
 import pytest
-from serving import WAIT, ServerProcess, wait_until
+from serving import WAIT, ServerProcess, health, wait_until
 
 from maskwire.errors import Failure, read_failure
 from maskwire.v1 import training_service_pb2 as pb
@@ -296,6 +296,7 @@ def test_recovering(serve: Serve, stub: Stub) -> None:
     with starting(server) as process:
         service = stub(server)
         await_state(service, pb.RUN_STATE_RECOVERING)
+        assert health(server.address) == (False, False, True)
         failure = refused(lambda: service.TrainStep(request(20)), Code.UNAVAILABLE, "RECOVERING")
         assert failure.retryable
         assert failure.retry_after
@@ -316,6 +317,7 @@ def test_restoring(serve: Serve, stub: Stub) -> None:
     await_state(service, pb.RUN_STATE_RESTORING)
     failure = refused(lambda: service.TrainStep(request(11)), Code.UNAVAILABLE, "RESTORING")
     assert failure.retryable
+    assert failure.retry_after
     server.release()
     assert running.result(timeout=WAIT).step == 1
     assert restoring.result().lineage == 2
@@ -329,8 +331,10 @@ def test_draining(serve: Serve, stub: Stub) -> None:
     server.wait_for_step()
     server.process.terminate()
     await_state(service, pb.RUN_STATE_DRAINING)
+    wait_until(lambda: health(server.address) == (False, False, True), "the health of a drain")
     failure = refused(lambda: service.TrainStep(request(11)), Code.UNAVAILABLE, "DRAINING")
     assert failure.retryable
+    assert failure.retry_after
     server.release()
     assert running.result(timeout=WAIT).step == 1
     assert server._reap() == 0
@@ -338,11 +342,14 @@ def test_draining(serve: Serve, stub: Stub) -> None:
 
 def test_held(serve: Serve, stub: Stub) -> None:
     # A reserve larger than any disk: no step may begin.
-    service = stub(serve(seconds=0, serve__reserve_bytes=str(2**60)))
+    server = serve(seconds=0, serve__reserve_bytes=str(2**60))
+    service = stub(server)
+    assert health(server.address) == (True, True, True)
     failure = refused(lambda: service.TrainStep(request(10)), Code.UNAVAILABLE, "HELD")
     assert failure.retryable
     assert failure.retry_after
     assert service.GetStatus(pb.GetStatusRequest()).state == pb.RUN_STATE_HELD
+    assert health(server.address) == (False, False, True)
     assert applied(service) == 0
 
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from serving import ServerProcess, wait_until
+from serving import ServerProcess, healthy, wait_until
 
 import maskwire
 from bench.sources import pairs
@@ -46,16 +46,6 @@ def request(seed: int, **fields: Any) -> pb.TrainStepRequest:
     data = tokens(seed).astype(np.uint8)
     batch = pb.TokenBatch(data=data.tobytes(), shape=data.shape, dtype=pb.DATA_TYPE_UINT8)
     return pb.TrainStepRequest(batch=batch, **fields)
-
-
-def healthy(server: ServerProcess, service: str = "") -> bool:
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    with grpc.insecure_channel(server.address) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(service=service), timeout=20
-        )
-    return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_the_bare_call_trains_and_reports_what_it_did(shared: ServerProcess, stub: Stub) -> None:
@@ -266,7 +256,7 @@ def test_a_client_that_disappears_in_a_step_leaves_nothing_behind(serve: Serve, 
             call = pb_grpc.TrainingServiceStub(channel).TrainStep.future(request(seed))
             server.wait_for_step(seed + 1)
             assert not call.done()
-    assert healthy(server)
+    assert healthy(server.address)
     answer = service.TrainStep(request(9), timeout=10)
     assert answer.step == 12
     settle(lambda: process.num_threads() <= threads + 4 and process.num_fds() <= descriptors)
@@ -292,7 +282,7 @@ def test_a_full_queue_refuses_while_health_answers_and_then_trains_on(serve: Ser
     calls += [service.TrainStep.future(request(seed, request_id=f"q{seed}")) for seed in range(2, 12)]
     server.wait_for_arrivals(12)
     wait_until(lambda: service.GetStatus(pb.GetStatusRequest()).queue_length == 3, "a full queue")
-    assert healthy(server), "although the device does nothing"
+    assert healthy(server.address), "although the device does nothing"
     server.release()
     outcomes = []
     for call in calls:
@@ -382,7 +372,7 @@ def test_a_second_server_on_the_port_or_the_directory_leaves_with_one_line(
         done = fork_server.run([*other._command, *flags], text=True)
         assert done.returncode == code, done.stderr
         assert words in done.stderr.splitlines()[-1]
-    assert healthy(server)
+    assert healthy(server.address)
 
 
 def test_sigterm_in_the_middle_of_a_step_finishes_it(serve: Serve, stub: Stub) -> None:
