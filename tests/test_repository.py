@@ -55,6 +55,24 @@ def test_every_reason_has_an_entry_with_its_cure() -> None:
     assert all(len(words.split()) >= 4 for words in entries.values())
 
 
+def test_the_comment_of_each_rpc_names_its_reasons_with_their_status() -> None:
+    from maskwire.v1 import training_service_pb2 as pb
+    from maskwire_server.errors import REASONS
+
+    comments: dict[str, str] = {}
+    for path in (ROOT / "proto" / "maskwire" / "v1").glob("*.proto"):
+        for comment, name in re.findall(r"((?:^  //.*\n)+)  rpc (\w+)\(", path.read_text(), re.MULTILINE):
+            comments[name] = re.sub(r"\n\s*// ?", "\n", f"\n{comment.rstrip()}")
+    assert set(comments) == set(pb.DESCRIPTOR.services_by_name["TrainingService"].methods_by_name)
+    for name, comment in comments.items():
+        assert re.search(r"^OK: ", comment, re.MULTILINE), name
+        answers = re.findall(r"\b([A-Z]+(?:_[A-Z]+)*)\s\(([A-Z_,\s]+)\)", comment)
+        assert name == "GetStatus" or answers, name
+        for status, reasons in answers:
+            for reason in re.split(r",\s", reasons):
+                assert REASONS[reason].status == status, f"{name}: {status} ({reason})"
+
+
 def test_the_version_is_one() -> None:
     assert maskwire.__version__ in (ROOT / "CHANGELOG.md").read_text()
 

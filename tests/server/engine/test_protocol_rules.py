@@ -223,6 +223,15 @@ def test_a_superseded_nonce_is_used_up(rig: Rig, monkeypatch: pytest.MonkeyPatch
     assert again.status().epoch == 2
 
 
+def test_a_session_that_was_closed_stays_closed_after_a_restart(rig: Rig) -> None:
+    engine = rig.start()
+    engine.close_session(open_session(engine, "me", "n")).result(WAIT)
+    engine.close()
+    again = rig.start()
+    assert again.train_step(bare(1)).result(WAIT).step == 1
+    assert reason(again.open_session(SessionRequest("me", "n"))) == "UNKNOWN_EPOCH"
+
+
 def test_a_takeover_goes_before_everything_that_waits(rig: Rig) -> None:
     engine = rig.start()
     old = open_session(engine, "old", "n1")

@@ -11,6 +11,7 @@ from maskwire.protocol.codec import eval_request, hash_of, step_request
 from maskwire.v1.digest import DigestVersion
 from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.batch import Payload
+from maskwire_server.errors import Refused
 from maskwire_server.rpc import decoding
 
 INFO = ModelInfo(17, 16, None, 32, 0, "lm_diffusion", True, True, False)
@@ -40,3 +41,17 @@ def test_a_negative_zero_is_zero_in_an_evaluation() -> None:
     temperature = decoding.read_eval(request, INFO, LIMITS).options.generator_sample_temperature
     assert temperature is not None
     assert math.copysign(1, temperature) == 1
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a" * 64, "9" + "-" * 62 + "_"])
+def test_a_checkpoint_name_of_up_to_64_characters_is_accepted(name: str) -> None:
+    assert decoding.read_checkpoint_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a" * 65, "A", "-a", "_a", "a.b", "a/b", "a b", "a\n", "ä", "..", "a" * 64 + "\n"]
+)
+def test_a_checkpoint_name_that_is_longer_or_has_other_characters_is_refused(name: str) -> None:
+    with pytest.raises(Refused, match="name must have 1 to 64 lower-case letters") as raised:
+        decoding.read_checkpoint_name(name)
+    assert (raised.value.reason, list(raised.value.fields)) == ("INVALID_FIELD", ["name"])
