@@ -73,7 +73,7 @@ def batches_beside_a_store_that_is_down(folder: Path) -> None:
             train(engine, 3)
             engine.close()
         opened = journal.Journal(folder / "run")
-        opened.transaction(lambda: opened.drop_payloads([Stretch(1, -1)], 100))
+        opened.transaction(lambda: opened.drop_payloads([Stretch(1, -1)], 100, 2**20))
         kept = [batch is not None for _, batch in opened.steps_after(1, 0)]
         opened.close()
         assert kept == [True, True, True]

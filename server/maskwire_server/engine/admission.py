@@ -67,17 +67,22 @@ class StepAdmission:
                 _ = step.payload_hash
             return
         _ = step.payload_hash
-        if other is not None:
-            _ = other.payload_hash
-        with self._run.mutex:
-            if self._join(step):
-                return
-            if not by_id and self._recorded(step) is None:
-                self._queue(step)
-                self._run.work.set()
-                return
-            step.looked_up = True
-            self._run.queue.reserve_id(step)  # so that retries join it while the journal is read
+        while True:
+            if other is not None:
+                _ = other.payload_hash
+            with self._run.mutex:
+                hashed, other = other, self._in_flight(step)
+                if other is not None and other is not hashed:
+                    continue
+                if other is not None and self._join(step, other):
+                    return
+                if not by_id and self._recorded(step) is None:
+                    self._queue(step)
+                    self._run.work.set()
+                    return
+                step.looked_up = True
+                self._run.queue.reserve_id(step)  # so that retries join it while the journal is read
+                break
         try:
             self._look_up(step, by_id)
         except Refused as refusal:
@@ -111,14 +116,12 @@ class StepAdmission:
             other = queue.with_number(request.step)
         return other
 
-    def _join(self, step: Step) -> bool:
-        """Make a retry join the step in flight that it repeats; return False if there is none.
+    def _join(self, step: Step, other: Step) -> bool:
+        """Make a retry join the step in flight that it repeats; return False if it does not repeat `other`.
 
         The caller must hold the run's mutex. Raises Refused.
         """
-        run, request, other = self._run, step.request, self._in_flight(step)
-        if other is None:
-            return False
+        run, request = self._run, step.request
         known = Known(other.number or other.request.step, other.request.request_id, other.payload_hash)
         if admission_rules.repeats(request, step.payload_hash, known):
             other.waiters += step.waiters

@@ -23,8 +23,8 @@ from maskwire_server.results import StepAnswer, StepResult
 
 T = TypeVar("T")
 
-DROPPED_AT_ONCE = 256
-"""The most batches that one transaction deletes, so that later steps do not wait long."""
+DROPPED_AT_ONCE, DROPPED_BYTES = 256, 2**26
+"""A transaction deletes at most so many batches, and none after so many bytes: later steps wait for it."""
 
 
 @dataclass(eq=False)
@@ -184,8 +184,8 @@ class DropBatches:
     more: bool = False
 
     def write(self, journal: Journal) -> None:
-        """Delete at most DROPPED_AT_ONCE batches."""
-        self.more = journal.drop_payloads(self.stretches, DROPPED_AT_ONCE)
+        """Delete as many batches as one transaction may."""
+        self.more = journal.drop_payloads(self.stretches, DROPPED_AT_ONCE, DROPPED_BYTES)
 
     def committed(self) -> None:
         """Queue this commit again if batches are left to delete."""

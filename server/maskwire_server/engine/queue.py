@@ -153,14 +153,17 @@ class Queue:
         """Queue an entry that is not a step."""
         self._entries.append(entry)
 
-    def push_first(self, entry: Save | SessionOpening) -> None:
-        """Queue an entry before all others."""
-        self._entries.appendleft(entry)
+    def push_first(self, save: Save) -> None:
+        """Queue a save before all other entries."""
+        self._entries.appendleft(save)
 
-    def push_restore(self, restore: Restore) -> None:
-        """Queue a restore before all other entries except the openings of sessions, which came first."""
-        sessions = [at for at, entry in enumerate(self._entries) if isinstance(entry, SessionOpening)]
-        self._entries.insert(sessions[-1] + 1 if sessions else 0, restore)
+    def push_ahead(self, entry: SessionOpening | Restore) -> None:
+        """Queue an entry before all others except the openings of sessions, which came first.
+
+        An epoch is recorded before the epochs that supersede it; otherwise its nonce could be used again.
+        """
+        openings = [at for at, waiting in enumerate(self._entries) if isinstance(waiting, SessionOpening)]
+        self._entries.insert(openings[-1] + 1 if openings else 0, entry)
 
     def _arrived(self, number: int) -> None:
         self._refused.discard(number)

@@ -9,7 +9,7 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import RevealCommit
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.entries import Evaluation
+from maskwire_server.engine.entries import Evaluation, SessionOpening
 from maskwire_server.engine.futures import refuse
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.read_commits import EvaluationCommit, GenerationCommit
@@ -116,16 +116,18 @@ class Reads:
             )
 
     def _may_continue(self, entry: Evaluation | Generation) -> bool:
-        """Open the next waiting session, if any. Returns whether to compute the next part of the read.
+        """Open the sessions that wait. Returns whether to compute the next part of the read.
 
         Refuses the read if a training step or a save has waited for it for too long.
         """
         run = self._run
         run.computing.beat()
+        openings: list[SessionOpening] = []
         with run.mutex:
-            opening = None if run.conditions.holds(RunState.HELD) else run.queue.pop_session_opening()
+            while not run.conditions.holds(RunState.HELD) and (opening := run.queue.pop_session_opening()):
+                openings.append(opening)
             overdue = run.share.read_is_overdue(run.queue.first_arrived)
-        if opening is not None:
+        for opening in openings:
             self._sessions.record(opening)
         if overdue and not entry.future.done():
             run.share.ended_reads += 1

@@ -105,7 +105,7 @@ class Restores:
             draining = self.run.conditions.holds(RunState.DRAINING)
             if not draining:
                 self.run.conditions.set(RunState.RESTORING, waiting_for="the running step")
-                self.run.queue.push_restore(restore)
+                self.run.queue.push_ahead(restore)
                 self.run.work.set()
         if draining:
             self._give_up(restore, admission_rules.shutting_down())

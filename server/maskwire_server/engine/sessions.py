@@ -131,7 +131,7 @@ class Sessions:
             supersedes=bool(at.writer),
         )
         run.queue.refuse_steps(partial(_superseded, at=run.situation()))
-        run.queue.push_first(SessionOpening(epoch, request))
+        run.queue.push_ahead(SessionOpening(epoch, request))
         run.work.set()
 
     def record(self, takeover: SessionOpening) -> None:

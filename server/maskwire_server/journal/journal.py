@@ -9,7 +9,6 @@ of its write-ahead log.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,8 +31,6 @@ from maskwire_server.journal.records import (
 )
 from maskwire_server.journal.schema import FORMAT, TABLES, facts_hash
 
-log = logging.getLogger(__name__)
-
 _SESSION = "epoch, client_name, nonce, takeover, lineage, step, closed, row_hash"
 _PAGE = 64  # records read at once
 
@@ -41,7 +38,7 @@ _PAGE = 64  # records read at once
 class Journal(Database):
     """Reads and writes the journal's records.
 
-    Methods that write, except `create` and `check_requests`, are called within a transaction.
+    Methods that write, except `create`, are called within a transaction.
     """
 
     def create(self, facts: dict[str, Any], digest: bytes) -> None:
@@ -166,11 +163,10 @@ class Journal(Database):
                 return
             step = rows[-1][1]
 
-    def check_requests(self, lineage: int, count: int = 10_000) -> int:
+    def missing_requests(self, lineage: int, count: int = 10_000) -> int:
         """Look up the request ids of a lineage's newest records, and return how many the index lacks.
 
-        The index has no hash of its own. If it lacks an id, it is rebuilt from the records. Raises
-        RunDirectoryError if a record is damaged.
+        The index has no hash of its own. Raises RunDirectoryError if a record is damaged.
         """
         rows = self._rows(
             "SELECT n.*, i.step FROM (SELECT * FROM steps WHERE lineage = ? ORDER BY step DESC LIMIT ?) n "
@@ -183,28 +179,38 @@ class Journal(Database):
         for row in rows:
             record = StepRecord.read(row[:-1])
             missed += record.request_id is not None and row[-1] != record.step
-        if missed:
-            log.warning("the journal's index of request ids was damaged and is rebuilt from the records")
-            self._db.execute("REINDEX steps_by_request")
         return missed
 
-    def drop_payloads(self, stretches: Sequence[Stretch], most: int) -> bool:
-        """Delete the batches of some steps, at most `most` in one transaction, and keep the steps' records.
+    def rebuild_request_index(self) -> None:
+        """Rebuild the index of request ids from the records."""
+        self._db.execute("REINDEX steps_by_request")
 
-        Returns whether there may be more to delete. Batches that the mirror still lacks are kept.
+    def drop_payloads(self, stretches: Sequence[Stretch], most: int, most_bytes: int) -> bool:
+        """Delete the batches of some steps, and keep the steps' records.
+
+        A transaction deletes at most `most` batches, and none after `most_bytes`. Returns whether there may
+        be more to delete. Batches that the mirror still lacks are kept.
         """
         failpoints.passing("payloads.dropping")
         uploaded = UPLOADED if self.outbox.active else "TRUE"
         for gone in stretches:
+            rows = self._rows(
+                "SELECT rowid, length(payload) FROM payloads "
+                f"WHERE lineage = ? AND step > ? AND step <= ? AND {uploaded} LIMIT ?",
+                gone.lineage,
+                gone.after,
+                gone.through,
+                most - self._dropped,
+            )
+            for row_id, size in rows:
+                if self._dropped_bytes >= most_bytes:
+                    return True
+                self._db.execute("DELETE FROM payloads WHERE rowid = ?", (row_id,))
+                self._dropped += 1
+                self._dropped_bytes += size
             if self._dropped >= most:
                 return True
-            cursor = self._db.execute(
-                "DELETE FROM payloads WHERE rowid IN (SELECT rowid FROM payloads "
-                f"WHERE lineage = ? AND step > ? AND step <= ? AND {uploaded} LIMIT ?)",
-                (gone.lineage, gone.after, gone.through, most - self._dropped),
-            )
-            self._dropped += cursor.rowcount
-        return self._dropped >= most
+        return False
 
     # The checkpoint catalogue.
 

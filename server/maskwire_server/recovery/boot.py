@@ -119,7 +119,9 @@ def recover(
     lineages = journal.lineages()
     lineage = max(lineages)
     segments = ancestry(lineages, lineage)
-    journal.check_requests(lineage)
+    if journal.missing_requests(lineage):
+        log.warning("the journal's index of request ids was damaged and is rebuilt from the records")
+        when_space(partial(journal.transaction, journal.rebuild_request_index))
     for name in checkpoints.sweep():
         log.info("removed the unfinished checkpoint %s", name)
     lineage_start = lineages[lineage]

@@ -175,7 +175,7 @@ def test_batches_stay_until_they_are_in_the_mirror(rig: MirroredRig, tmp_path: P
         engine.train_step(bare(step)).result(WAIT)
     engine.close()
     journal = Journal(tmp_path / "run")
-    drop = partial(journal.drop_payloads, [Stretch(1, -1)], 100)
+    drop = partial(journal.drop_payloads, [Stretch(1, -1)], 100, 2**20)
     journal.transaction(drop)
     assert [batch is not None for _, batch in journal.steps_after(1, 0)] == [True, True, True]
     page = journal.outbox.page(0, 2**30)

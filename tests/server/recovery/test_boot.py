@@ -689,3 +689,32 @@ def test_an_evaluation_on_the_device_is_refused_once_however_often_it_is_in_the_
     release.set()
     drained.join()
     assert not rig.fatal
+
+
+def test_a_damaged_index_of_request_ids_is_rebuilt_when_the_disk_has_space(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = rig.start()
+    engine.train_step(bare(1, "request-one")).result(WAIT)
+    close(rig)
+    path = rig.folder / "journal.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as journal:
+        find = "SELECT rootpage FROM sqlite_master WHERE name = 'steps_by_request'"
+        page = journal.execute(find).fetchone()[0]
+    data = bytearray(path.read_bytes())
+    at = data.index(b"request-one", (page - 1) * 4096)
+    data[at : at + 7] = b"XXXXXXX"
+    path.write_bytes(data)
+    rebuild, tries = Journal.rebuild_request_index, []
+
+    def full_at_first(self: Journal) -> None:
+        tries.append(self._db.in_transaction)
+        if len(tries) == 1:
+            raise FullDisk
+        rebuild(self)
+
+    monkeypatch.setattr(Journal, "rebuild_request_index", full_at_first)
+    again = rig.start()
+    assert again.train_step(bare(1, "request-one")).result(WAIT).replayed
+    assert tries == [True, True]
+    assert "index of request ids was damaged" in caplog.text
