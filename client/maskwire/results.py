@@ -14,6 +14,7 @@ import numpy.typing as npt
 # One statement, where the formatter would make twelve.
 # isort: off
 from maskwire.v1.values import (
+    DeviceShare as DeviceShare,
     FractionResult as FractionResult,
     InexactReplay as InexactReplay,
     Limits as Limits,
@@ -261,25 +262,6 @@ class RunFigures:
 
 
 @dataclass(frozen=True)
-class DeviceShare:
-    """How the server's device has been divided between training steps and reads since the server started."""
-
-    step_seconds: float = 0.0
-    """Seconds spent on training steps."""
-    read_seconds: float = 0.0
-    """Seconds spent on evaluations and generations."""
-    owed_seconds: float = 0.0
-    """Seconds that steps get before the next evaluation or generation begins, while a client trains."""
-    waiting_reads: int = 0
-    """Evaluations and generations that wait for the device."""
-    refused_reads: int = 0
-    """Evaluations and generations that were refused because too many waited."""
-    ended_reads: int = 0
-    """Evaluations and generations that were ended because a step or a save had waited for
-    `serve.max_read_seconds`."""
-
-
-@dataclass(frozen=True)
 class Status:
     """A status report: the run's state, its progress and what it is waiting for."""
 
@@ -331,7 +313,7 @@ class Status:
     """The version of the run's digest; 0 before the first step, and for a server of version 0.1."""
     figures: RunFigures = field(default_factory=RunFigures)
     """What the server has counted since its process started."""
-    device_share: DeviceShare = DeviceShare()
+    device_share: DeviceShare = field(default_factory=DeviceShare)
     """How the device has been divided between steps and reads."""
     step_timeout_seconds: float = 0.0
     """How long a step may take before the server considers it hung; 0 for an older server."""

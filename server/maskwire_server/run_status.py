@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from maskwire.v1.values import InexactReplay, MirrorStatus, ModelInfo, RunState
+from maskwire.v1.values import DeviceShare, InexactReplay, MirrorStatus, ModelInfo, RunState
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run_figures import RunFigures
-
-
-@dataclass(frozen=True)
-class DeviceShare:
-    """How the device has been divided between training steps and reads since the process started."""
-
-    step_seconds: float
-    """Device time spent on steps."""
-    read_seconds: float
-    """Device time spent on evaluations and generations."""
-    owed_seconds: float
-    """Device time that steps get before the next read, while a client trains."""
-    waiting_reads: int
-    refused_reads: int
-    """Reads refused because too many were waiting."""
-    ended_reads: int
-    """Reads ended because a step or a save had waited for `serve.max_read_seconds`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +40,7 @@ class RunStatus:
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
     figures: RunFigures = field(default_factory=RunFigures)
-    device_share: DeviceShare = DeviceShare(0.0, 0.0, 0.0, 0, 0, 0)
+    device_share: DeviceShare = field(default_factory=DeviceShare)
     computing_seconds: float = 0.0
     """How long the current computation has made no progress; 0: nothing is being computed."""
     step_timeout_seconds: float = 0.0

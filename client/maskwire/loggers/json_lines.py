@@ -40,7 +40,7 @@ class JsonLines(Logger):
         return str(self.path)
 
     def open(self, place: Place) -> Place | None:
-        """Open the file, repair a partial last line, and return the place of the last line.
+        """Open the file, repair a partial last line, and return the lineage and step of its last line.
 
         Returns None if the file has no lines. Raises ValueError if another program wrote the file.
         """

@@ -235,7 +235,7 @@ class Writer(Session):
         When a step is refused, the next step takes its number, and so on for all later steps. No step is sent
         until the server has answered the steps that are in flight under their old numbers, because two steps
         could arrive under one number. The step that takes the refused number must also be acknowledged before
-        later steps are sent, because the server remembers only one missing number.
+        later steps are sent: the server refuses steps that arrive before it.
         """
         if self._number_in_flight(pending):
             return True

@@ -243,3 +243,22 @@ def unsharded_name(name: str) -> str:
     """
     found = _SHARD.fullmatch(name)
     return f"{found[1]}.safetensors" if found else name
+
+
+@dataclass(frozen=True)
+class DeviceShare:
+    """How the server's device has been divided between training steps and reads since the server started."""
+
+    step_seconds: float = 0.0
+    """Seconds spent on training steps."""
+    read_seconds: float = 0.0
+    """Seconds spent on evaluations and generations."""
+    owed_seconds: float = 0.0
+    """Seconds that steps get before the next evaluation or generation begins, while a client trains."""
+    waiting_reads: int = 0
+    """Evaluations and generations that wait for the device."""
+    refused_reads: int = 0
+    """Evaluations and generations that were refused because too many waited."""
+    ended_reads: int = 0
+    """Evaluations and generations that were ended because a step or a save had waited for
+    `serve.max_read_seconds`."""

@@ -14,7 +14,7 @@ IDLE_SECONDS = 5.0
 two steps of a client that sends one at a time."""
 
 
-class DeviceShare:
+class DeviceSharing:
     """Counts the device's seconds for steps and for reads, and decides when a read may begin.
 
     Only the executor's thread changes the counts. Status reports read them without a lock.

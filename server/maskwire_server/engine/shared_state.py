@@ -10,7 +10,7 @@ from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.aggregates import Aggregates
-from maskwire_server.engine.device_share import DeviceShare
+from maskwire_server.engine.device_share import DeviceSharing
 from maskwire_server.engine.event_publisher import Publisher
 from maskwire_server.engine.lease import Lease
 from maskwire_server.engine.progress import Progress
@@ -42,7 +42,7 @@ class Run:
         self.aggregates = Aggregates(clock)
         self.events = Publisher(self.aggregates.add)
         self.conditions.on_change(self._publish_state)
-        self.share = DeviceShare(clock, serve.max_read_seconds)
+        self.share = DeviceSharing(clock, serve.max_read_seconds)
         self.step_timeout = StepTimeout(serve.step_timeout_seconds)
         self.computing = Progress(clock)
         """What the executor is doing."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from maskwire.v1.values import Limits, ModelInfo
+from maskwire.v1.values import DeviceShare, Limits, ModelInfo
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run_status import DeviceShare, RunStatus
+from maskwire_server.run_status import RunStatus
 
 
 def limits(serve: ServeConfig, default_read_tokens: int | None) -> Limits:

@@ -199,7 +199,7 @@ class Outbox:
         transaction(write)
         return tuple(rows[-1])
 
-    # While the run is served.
+    # Writing to the outbox, while the run is served.
 
     def mark(self) -> None:
         """Add a mark after the transaction's changes, if there are any."""

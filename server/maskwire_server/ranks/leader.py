@@ -93,7 +93,7 @@ class LeaderTrainer:
             self._sharded = self._place.decide(self._ranks_without_folder())
 
     def prepare_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> None:
-        """Do nothing: the other ranks get a batch when its step begins, and this rank would wait for them."""
+        """Do nothing: all ranks prepare a step together, and the others get its batch when it begins."""
 
     def train_step(
         self, lineage: int, step: int, batch: Batch, modes: Modes, meanwhile: Callable[[], None] | None = None

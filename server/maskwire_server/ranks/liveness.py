@@ -150,7 +150,10 @@ def watch_leader(
 
 
 def exit_now(code: int, note: Callable[[str, bool], None]) -> OnLoss:
-    """Return an `OnLoss` that passes its arguments to `note`, and exits with `code`."""
+    """Return an `OnLoss` that exits with `code`, so that the launcher restarts all ranks.
+
+    `note` first records the problem, and whether a batch may be its cause.
+    """
 
     def end(problem: str, batch_is_suspect: bool = True) -> None:
         note(problem, batch_is_suspect)

@@ -33,7 +33,7 @@ class ConcurrencyLimit:
         self._slots.release()
 
 
-class Turns:
+class PacedCalls:
     """A context manager that runs calls one at a time, and leaves at least half of the time to training.
 
     After a call that took t seconds from training, the next call begins at least t seconds later.
@@ -44,12 +44,12 @@ class Turns:
     ) -> None:
         self._clock = clock
         self._sleep = sleep
-        self._turn = threading.Lock()
+        self._running = threading.Lock()
         self._next = clock()
 
     def __enter__(self) -> Self:
         """Wait until this call may begin."""
-        self._turn.acquire()
+        self._running.acquire()
         self._sleep(max(0.0, self._next - self._clock()))
         return self
 
@@ -59,4 +59,4 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         """End this call, so that the next call may begin."""
-        self._turn.release()
+        self._running.release()

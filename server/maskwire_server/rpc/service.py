@@ -17,7 +17,7 @@ from maskwire.v1.values import ModelInfo
 from maskwire_server.errors import Refused
 from maskwire_server.results import StepAnswer
 from maskwire_server.rpc import decoding, encoding, generate, list_checkpoints, list_steps
-from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit, Turns
+from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit, PacedCalls
 from maskwire_server.rpc.engine_interface import EngineInterface
 from maskwire_server.rpc.error_status import abort_on_error
 
@@ -41,7 +41,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self._downloads = ConcurrencyLimit(MAX_DOWNLOADS, "downloads")
         self._generations = ConcurrencyLimit(MAX_GENERATIONS, "generations")
         self._lists = ConcurrencyLimit(MAX_LISTS, "lists of steps")
-        self._list_turns = Turns()
+        self._paced_lists = PacedCalls()
 
     def OpenSession(
         self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
@@ -142,7 +142,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def ListSteps(self, request: pb.ListStepsRequest, context: grpc.ServicerContext) -> pb.ListStepsResponse:
         with abort_on_error(context):
             decoded = list_steps.read_list(request)
-            with self._lists, self._list_turns as turn:
+            with self._lists, self._paced_lists as turn:
                 page = _wait(self._engine.list_steps(decoded), context)
                 turn.took(page.seconds)
                 return list_steps.answer(page)

@@ -197,7 +197,7 @@ def positions(mask_bn: Tensor, count: int | None = None) -> Tensor:
     mask = mask_bn.flatten()
     if count is None:
         return mask.nonzero()[:, 0]
-    outside = mask.numel()  # if `count` is too large: an index that no tensor accepts
+    outside = mask.numel()  # fills the rest if `count` is too large: using it as an index fails
     return torch.nonzero_static(mask, size=count, fill_value=outside)[:, 0]
 
 

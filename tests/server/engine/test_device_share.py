@@ -16,7 +16,7 @@ from rig import WAIT, Rig, bare, payload, reason, wait_for
 from maskwire.protocol.retry import RetryPolicy
 from maskwire_server.batch import Prompts
 from maskwire_server.config import ServeConfig
-from maskwire_server.engine.device_share import IDLE_SECONDS, DeviceShare
+from maskwire_server.engine.device_share import IDLE_SECONDS, DeviceSharing
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.entries import Save
 from maskwire_server.engine.queue import Queue
@@ -313,7 +313,7 @@ def test_reads_whose_callers_have_left_take_no_place_from_steps(rig: Rig) -> Non
 
 def test_a_save_waits_for_a_read_from_when_the_checkpoint_before_it_is_written() -> None:
     clock = Clock()
-    share, queue = DeviceShare(clock, 30.0), Queue(clock, gap_seconds=30.0)
+    share, queue = DeviceSharing(clock, 30.0), Queue(clock, gap_seconds=30.0)
     for requested in (None, clock.now):
         queue.park(Save(SaveRequest(), automatic=requested is None, arrived=requested))
     share.begin_read()
@@ -328,7 +328,7 @@ def test_a_save_waits_for_a_read_from_when_the_checkpoint_before_it_is_written()
 
 def test_a_pause_between_steps_counts_as_theirs_and_a_client_that_has_left_is_not_waited_for() -> None:
     clock = Clock()
-    share = DeviceShare(clock, 30.0)
+    share = DeviceSharing(clock, 30.0)
 
     def step(pause: float) -> None:
         clock.now += pause

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from maskwire_server.errors import Refused
-from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit, Turns
+from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit, PacedCalls
 
 
 def test_a_call_over_the_limit_is_refused_with_the_limit() -> None:
@@ -29,17 +29,17 @@ def test_a_call_that_ends_with_an_error_makes_room_for_the_next() -> None:
         pass
 
 
-def test_calls_that_take_turns_take_half_of_the_time_at_most() -> None:
+def test_calls_that_take_calls_take_half_of_the_time_at_most() -> None:
     now, pauses = [100.0], []
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
         now[0] += seconds
 
-    turns = Turns(lambda: now[0], sleep)
+    calls = PacedCalls(lambda: now[0], sleep)
     for seconds, idle in ((3.0, 0.0), (1.0, 0.0), (2.0, 0.5), (1.0, 10.0)):
         now[0] += idle
-        with turns as turn:
+        with calls as turn:
             now[0] += seconds
             turn.took(seconds)
     assert pauses == [0.0, 3.0, 0.5, 0.0], (
@@ -49,17 +49,17 @@ def test_calls_that_take_turns_take_half_of_the_time_at_most() -> None:
 
 def test_what_a_call_waited_for_the_mirror_delays_no_other_call() -> None:
     now, pauses = [100.0], []
-    turns = Turns(lambda: now[0], pauses.append)
+    calls = PacedCalls(lambda: now[0], pauses.append)
     for held_back in (40.0, 0.0):
-        with turns as turn:
+        with calls as turn:
             now[0] += 0.25 + held_back
             turn.took(0.25)
     assert pauses == [0.0, 0.25]
 
 
-def test_a_call_that_fails_ends_its_turn() -> None:
-    turns = Turns()
-    with pytest.raises(ValueError, match="broken"), turns:
+def test_the_next_call_runs_after_one_that_failed() -> None:
+    calls = PacedCalls()
+    with pytest.raises(ValueError, match="broken"), calls:
         raise ValueError("broken")
-    with turns:
+    with calls:
         pass
