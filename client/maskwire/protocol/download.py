@@ -232,15 +232,16 @@ class PartialFile:
                 f"{self.name} of checkpoint {self._checkpoint!r} changed on the server during the download; "
                 "start the download again"
             )
-        if chunk.offset_bytes != self.size or zlib.crc32(chunk.data) != chunk.crc32:
+        data = chunk.data  # protobuf copies it at each access
+        if chunk.offset_bytes != self.size or zlib.crc32(data) != chunk.crc32:
             raise CheckpointError(
                 f"{self.name}: the chunk at byte {chunk.offset_bytes} arrived damaged or out of order; "
                 "repeat the download, which resumes from there"
             )
         with _naming(self._draft), self._draft.open("ab") as file:
-            file.write(chunk.data)
-        self._sha.update(chunk.data)
-        self.size += len(chunk.data)
+            file.write(data)
+        self._sha.update(data)
+        self.size += len(data)
         if self.size >= self.total:
             self._close()
         self._on_change()
