@@ -142,6 +142,7 @@ class TrainingServiceServicer:
         OK: closed, or it was closed already.
         FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH): the session is not of this run.
         ABORTED (FENCED): another writer took over.
+        UNAVAILABLE (RECOVERING, DRAINING): retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,7 +225,8 @@ class TrainingServiceServicer:
         FAILED_PRECONDITION (WRONG_RUN): the lineage or step expected is not that of the state, or a checkpoint
         was restored while the save waited; nothing was saved.
         RESOURCE_EXHAUSTED (CHECKPOINT_FAILED): it could not be written; training is not affected.
-        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry after RetryInfo.
+        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry
+        after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -236,6 +238,7 @@ class TrainingServiceServicer:
         OK: one page.
         INVALID_ARGUMENT (INVALID_FIELD): a page size below 0, or a page token that this server did not
         make.
+        UNAVAILABLE (RECOVERING): the journal is being opened; retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -281,6 +284,7 @@ class TrainingServiceServicer:
         NOT_FOUND (CHECKPOINT_NOT_FOUND): no checkpoint has this name, or it has no such file.
         DATA_LOSS (CHECKPOINT_DAMAGED): a file does not match the manifest.
         RESOURCE_EXHAUSTED (QUEUE_FULL): too many downloads at once; retry after RetryInfo.
+        UNAVAILABLE (RECOVERING): the journal is being opened; retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
