@@ -19,7 +19,7 @@ from maskwire_server.requests import SessionRequest, StepRequest
 
 GUARDED: tuple[tuple[type, tuple[str, ...]], ...] = (
     (Queue, (
-        "start", "pop", "push_step", "keep_early", "reserve_id", "settle", "push_first", "refuse_step",
+        "start", "pop", "push_step", "keep_early", "reserve_id", "settle", "push_ahead", "refuse_step",
         "refuse_behind", "mark_refused", "refuse_steps",
     )),
     (Lease, ("open", "opened", "touch")),
@@ -112,7 +112,7 @@ def test_a_takeover_raises_the_epoch_and_refuses_the_queue_in_one_critical_secti
     calls.note(engine._run.mutex)
     opening = engine.open_session(SessionRequest("new", "n2", takeover=True))
     assert reason(waiting) == "FENCED"
-    assert calls.sections("open") == calls.sections("refuse_steps") == calls.sections("push_first")
+    assert calls.sections("open") == calls.sections("refuse_steps") == calls.sections("push_ahead")
     assert None not in calls.sections("open")
     assert len(calls.sections("open")) == 1
     rig.trainer.gate.set()
