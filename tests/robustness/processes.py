@@ -56,7 +56,8 @@ def _serve(
         def train_step(self, *arguments: object) -> object:  # type: ignore[override]
             if seconds:
                 time.sleep(seconds)
-            self.trained.clear()  # nobody asks for it here, and it would grow with every step
+            self.trained.clear()  # nobody asks for these here, and they would grow with every step
+            self.prepared.clear()
             return super().train_step(*arguments)  # type: ignore[arg-type]
 
     if fault:
