@@ -114,7 +114,15 @@ def use(server: ServerProcess) -> maskwire.results.Status:
     stranger = maskwire.attach(server.address, token=TOKEN + "x", retry_for=1)
     with stranger, pytest.raises(MaskwireError):
         stranger.status()
+    wait_until(
+        lambda: requests(server)["OK", "Generate", ""], "the stream to be counted, after its last message"
+    )
     return status
+
+
+def requests(server: ServerProcess) -> dict[tuple[str, ...], float]:
+    """How many calls have ended, by status code, method and reason."""
+    return samples(scrape(server))["maskwire_requests_total"]
 
 
 def test_prometheus_status_and_event_files_tell_the_same_of_a_server(server: ServerProcess) -> None:
