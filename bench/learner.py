@@ -153,7 +153,7 @@ class Foreign:
 
 
 def bernoulli_loss(net: Any, ids: Tensor) -> Tensor:
-    """The loss of masking each token with probability t, t uniform per row (LLaDA, arXiv 2502.09992, (3))."""
+    """The loss of masking each token with probability t, t uniform per row (LLaDA, arXiv 2502.09992)."""
     times_b1 = SMALLEST_TIME + (1 - SMALLEST_TIME) * torch.rand(len(ids), 1)
     masked_bn = torch.rand(ids.shape) < times_b1
     logits_bnv = net(torch.where(masked_bn, MODEL["mask_id"], ids))

@@ -219,7 +219,7 @@ def module_graph(folder: Path) -> dict[str, set[str]]:
     """The imports between the modules of a package, type-checking imports included.
 
     `from package import module` imports the module; any other name is the package's own. Not counted is that
-    Python runs a package before each module in it, because then a package would be in a circle with every
+    Python runs a package before each module in it, because then a package would form a cycle with every
     module whose names it offers, as `maskwire` with `maskwire.client`. That is harmless while no such module
     takes a name from the package, or imports it by its own name; both are counted.
     """
@@ -250,7 +250,7 @@ def imported(node: ast.AST, modules: dict[str, Path]) -> set[str]:
 
 
 def cycles(graph: dict[str, set[str]]) -> set[str]:
-    """The modules that import one another in a circle."""
+    """The modules that import one another in a cycle."""
     left = {module: set(imported) for module, imported in graph.items()}
     while True:
         ends = {module for module, imported in left.items() if not imported & left.keys()}

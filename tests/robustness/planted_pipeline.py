@@ -27,7 +27,7 @@ Patch = tuple[Any, str, Any]
 
 @contextlib.contextmanager
 def held_journal(folder: Path, place: str = "journal.begin") -> Iterator[tuple[Any, Any]]:
-    """An engine whose first step is computed and waits for the journal, and what lets it go on."""
+    """Yield an engine whose first step is computed and waits for the journal, and the step's future."""
     with damage.Run(folder / "run") as run:
         reached, release = threading.Event(), threading.Event()
 
@@ -113,11 +113,11 @@ class Transactions:
         self.another = threading.Event()
         """Set when a second thread opens a transaction."""
         self._at_work = threading.local()
-        self._in_turn = threading.Lock()
+        self._connection = threading.Lock()
 
     @contextlib.contextmanager
     def recorded(self, release: Callable[[], object]) -> Iterator[None]:
-        """Record them. The first transaction begins when `release` returns."""
+        """Record transactions and writes. The first transaction begins when `release` returns."""
         transaction, add_step = database.Database.transaction, journal.Journal.add_step
 
         def opened(opener: Any, write: Callable[[], object]) -> None:
@@ -127,7 +127,7 @@ class Transactions:
                 self.another.set()
             if len(self.openers) == 1:
                 release()
-            with self._in_turn:  # two in one connection would end the process before it is known who they are
+            with self._connection:  # two threads in it at once can crash the process
                 self._at_work.open = True
                 try:
                     transaction(opener, write)

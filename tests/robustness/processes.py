@@ -56,7 +56,7 @@ def _serve(
         def train_step(self, *arguments: object) -> object:  # type: ignore[override]
             if seconds:
                 time.sleep(seconds)
-            self.trained.clear()  # nobody asks for these here, and they would grow with every step
+            self.trained.clear()  # no campaign reads these lists, which would grow with every step
             self.prepared.clear()
             return super().train_step(*arguments)  # type: ignore[arg-type]
 

@@ -73,7 +73,7 @@ class StepAdmission:
             with self._run.mutex:
                 hashed, other = other, self._in_flight(step)
                 if other is not None and other is not hashed:
-                    continue
+                    continue  # another step has taken its place, and may not be hashed yet
                 if other is not None and self._join(step, other):
                     return
                 if not by_id and self._recorded(step) is None:

@@ -24,7 +24,7 @@ from maskwire_server.results import StepAnswer, StepResult
 T = TypeVar("T")
 
 DROPPED_AT_ONCE, DROPPED_BYTES = 256, 2**26
-"""A transaction deletes at most so many batches, and none after so many bytes: later steps wait for it."""
+"""The batches and bytes after which one deletion stops, because later steps wait for it."""
 
 
 @dataclass(eq=False)

@@ -188,8 +188,8 @@ class Journal(Database):
     def drop_payloads(self, stretches: Sequence[Stretch], most: int, most_bytes: int) -> bool:
         """Delete the batches of some steps, and keep the steps' records.
 
-        A transaction deletes at most `most` batches, and none after `most_bytes`. Returns whether there may
-        be more to delete. Batches that the mirror still lacks are kept.
+        One transaction deletes at most `most` batches, and stops once it has deleted `most_bytes` bytes.
+        Returns whether there may be more to delete. Batches that the mirror still lacks are kept.
         """
         failpoints.passing("payloads.dropping")
         uploaded = UPLOADED if self.outbox.active else "TRUE"

@@ -44,12 +44,12 @@ class PacedCalls:
     ) -> None:
         self._clock = clock
         self._sleep = sleep
-        self._running = threading.Lock()
+        self._one_at_a_time = threading.Lock()
         self._next = clock()
 
     def __enter__(self) -> Self:
         """Wait until this call may begin."""
-        self._running.acquire()
+        self._one_at_a_time.acquire()
         self._sleep(max(0.0, self._next - self._clock()))
         return self
 
@@ -59,4 +59,4 @@ class PacedCalls:
 
     def __exit__(self, *_: object) -> None:
         """End this call, so that the next call may begin."""
-        self._running.release()
+        self._one_at_a_time.release()

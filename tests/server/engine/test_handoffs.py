@@ -48,7 +48,7 @@ ENDS_FIRST = {
     **dict.fromkeys((*LOOK_UPS, "counter.CounterTrainer.train_step"), WORKER),
     "commits.StepCommit.write": EXECUTOR,
 }
-"""The thread that passed the step on to a function has come to its wait before the function goes on."""
+"""Each of these functions starts only when the thread that passed the step on to it waits again."""
 
 
 class Trace:
@@ -80,7 +80,7 @@ class Trace:
             threading.setprofile(None)
 
     def handoffs(self) -> list[tuple[str, str]]:
-        """From which thread to which the step went."""
+        """Each change of thread: from which, and to which."""
         return list(pairwise(self._names[thread] for thread in self.visits))
 
     def _record(self, frame: FrameType, event: str, called: Any) -> None:
@@ -104,7 +104,7 @@ class Trace:
             wait_for(lambda: self._waits(ENDS_FIRST[function]))
 
     def _waits(self, name: str) -> bool:
-        return all(self._waiting.get(thread) for thread, its in self._names.copy().items() if its == name)
+        return all(self._waiting.get(thread) for thread, known in self._names.copy().items() if known == name)
 
     def _holds(self, value: Any, depth: int = 3) -> bool:
         """Whether a value is the step in one of its forms, or one of its futures, or has it within."""
@@ -141,7 +141,7 @@ def step(**fields: Any) -> pb.TrainStepRequest:
 
 
 def handoffs(rig: Rig, make: Callable[[Engine], pb.TrainStepRequest]) -> list[tuple[str, str]]:
-    """From which thread to which a step goes."""
+    """Each change of thread of one step: from which, and to which."""
     trace = Trace()
     with trace.recorded():
         engine = rig.start()

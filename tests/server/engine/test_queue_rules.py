@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 from counter import NAN_ID
@@ -11,8 +12,8 @@ from rig import WAIT, Rig, bare, open_session, payload, reason, wait_for
 from maskwire.v1.values import Outcome, RunState
 from maskwire_server.engine.engine import Engine
 from maskwire_server.journal.journal import Journal
-from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, StepRequest
-from maskwire_server.results import EvalOptions
+from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRef, StepRequest
+from maskwire_server.results import EvalOptions, StepAnswer
 
 NO_AUTOMATIC = {"every_seconds": 1e9}
 
@@ -96,15 +97,21 @@ def test_a_restore_goes_before_the_steps_that_wait_and_refuses_them(rig: Rig) ->
     assert rig.trainer.trained == [(1, 1)]
 
 
-@pytest.mark.parametrize("step", [None, 1], ids=["by its id", "by its step"])
-def test_a_known_step_is_answered_though_the_queue_is_full(rig: Rig, step: int | None) -> None:
-    engine = rig.start(serve={"queue_limit": 1})
+def one_known_and_one_running(rig: Rig, engine: Engine) -> tuple[SessionRef, StepAnswer, Future[StepAnswer]]:
+    """Train step 1, and hold step 2 at the device: the session, the answer and the running step's future."""
     session = open_session(engine)
     first = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
     rig.trainer.gate.clear()
     rig.trainer.entered = threading.Semaphore(0)
     running = engine.train_step(StepRequest(payload(2), session, 2, "two"))
     assert rig.trainer.entered.acquire(timeout=WAIT)
+    return session, first, running
+
+
+@pytest.mark.parametrize("step", [None, 1], ids=["by its id", "by its step"])
+def test_a_known_step_is_answered_though_the_queue_is_full(rig: Rig, step: int | None) -> None:
+    engine = rig.start(serve={"queue_limit": 1})
+    session, first, running = one_known_and_one_running(rig, engine)
     queued = engine.train_step(StepRequest(payload(3), session, 3, "three"))
     assert reason(engine.train_step(StepRequest(payload(4), session, 4, "four"))) == "QUEUE_FULL"
     again = engine.train_step(StepRequest(payload(1), session, step, "one")).result(WAIT)
@@ -118,12 +125,7 @@ def test_a_known_step_is_answered_though_the_queue_is_full(rig: Rig, step: int |
 @pytest.mark.parametrize("step", [None, 1], ids=["by its id", "by its step"])
 def test_a_known_step_is_answered_while_a_drain_waits_for_another(rig: Rig, step: int | None) -> None:
     engine = rig.start(checkpoints=NO_AUTOMATIC)
-    session = open_session(engine)
-    first = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
-    rig.trainer.gate.clear()
-    rig.trainer.entered = threading.Semaphore(0)
-    running = engine.train_step(StepRequest(payload(2), session, 2, "two"))
-    assert rig.trainer.entered.acquire(timeout=WAIT)
+    session, first, running = one_known_and_one_running(rig, engine)
     drained: list[bool] = []
     draining = threading.Thread(target=lambda: drained.append(engine.drain(WAIT)))
     draining.start()

@@ -32,7 +32,7 @@ def test_a_superseded_nonce_is_recorded_before_the_session_that_superseded_it_is
         if place == "session.opening":
             openings.append(place)
             if len(openings) == 2:
-                answered.wait(0.5)  # in vain if it is the second client's
+                answered.wait(0.5)  # times out if this opening is the second client's
 
     failpoints.install(pause_at_the_last_opening)
     try:
