@@ -90,6 +90,12 @@ def mirror(engine: Engine) -> MirrorStatus:
     return found
 
 
+def failed_segments(engine: Engine) -> int:
+    """How often a segment could not be uploaded; the status also counts checkpoints that could not."""
+    assert engine._mirror is not None
+    return engine._mirror._failures
+
+
 def train(engine: Engine, count: int, first: int = 0) -> None:
     for step in range(first, first + count):
         engine.train_step(bare(step, f"step-{step}")).result(WAIT)

@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mirrors import MirroredRig, down, lose_the_machine, mirror, train
+from mirrors import MirroredRig, down, failed_segments, lose_the_machine, mirror, train
 from rig import WAIT, bare, wait_for
 
 from maskwire.v1.values import RunState
@@ -27,7 +27,7 @@ def an_answer_while_the_store_is_down(folder: Path) -> None:
         wait_for(lambda: mirror(engine).step == 1)
         with down():
             step = engine.train_step(bare(1, "step-1"))
-            wait_for(lambda: step.done() or mirror(engine).failures >= 2)  # half a second after the first
+            wait_for(lambda: step.done() or failed_segments(engine) >= 2)  # half a second after the first
             assert not step.done(), "the step was answered before the mirror had it"
             assert engine.status().state is RunState.HELD
         assert step.result(WAIT).step == 2
@@ -40,7 +40,7 @@ def a_lost_machine(folder: Path) -> None:
         train(engine, 2)
         with down():
             train(engine, STEPS - 2, first=2)
-            wait_for(lambda: mirror(engine).failures > 0 or mirror(engine).step == STEPS)
+            wait_for(lambda: failed_segments(engine) > 0 or mirror(engine).step == STEPS)
         wait_for(lambda: mirror(engine).step == STEPS)
         before = engine.status()
         lose_the_machine(rig, engine)
