@@ -133,12 +133,12 @@ def write(path: Path, result: Record) -> None:
 def run(*words: str) -> Any:
     """Run a `maskwire` command with --json and return its result. If it fails, exit with its code."""
     program = shutil.which("maskwire") or str(Path(sys.executable).with_name("maskwire"))
-    global _running
-    signal.pthread_sigmask(signal.SIG_BLOCK, _TERM)  # until `stop` knows the command
-    with subprocess.Popen(
-        [program, *words, "--json"], stdout=subprocess.PIPE, text=True, preexec_fn=unblock
-    ) as _running:
-        unblock()
+    global _running, _starting
+    _starting = True
+    with subprocess.Popen([program, *words, "--json"], stdout=subprocess.PIPE, text=True) as _running:
+        _starting = False
+        if _stopped_by is not None:  # the signal came before `stop` could know the command
+            _running.send_signal(_stopped_by)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command as well, which ends cleanly
         output, _ = _running.communicate()
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -149,20 +149,20 @@ def run(*words: str) -> Any:
     return json.loads(output)
 
 
-_TERM = {signal.SIGTERM}
 _running: subprocess.Popen[str] | None = None
-
-
-def unblock() -> None:
-    """Let SIGTERM through again: here, and in the command, which inherits that it is blocked."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TERM)
+_starting = False
+_stopped_by: int | None = None
 
 
 def stop(number: int, _: FrameType | None) -> None:
-    """Pass SIGTERM on to the command that runs, and end with its exit code."""
-    if _running is None or _running.poll() is not None:
+    """Pass SIGTERM on to the command that runs or starts, and end with its exit code."""
+    global _stopped_by
+    if _starting:
+        _stopped_by = number
+    elif _running is None or _running.poll() is not None:
         raise SystemExit(128 + number)
-    _running.send_signal(number)
+    else:
+        _running.send_signal(number)
 
 
 def check_step(found: Record, wanted: int) -> None:

@@ -56,20 +56,22 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+def command(
+    *arguments: object, closed: tuple[int, ...] = (), **options: Any
+) -> subprocess.CompletedProcess[bytes]:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     words = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
-    if {"env", "preexec_fn"} & options.keys():  # these need a fresh interpreter
-        return subprocess.run(words, timeout=100, check=False, **options)
+    if closed or "env" in options:  # these need a fresh interpreter
+        return subprocess.run(closing(closed, words), timeout=100, check=False, **options)
     return fork_server.run(words, **options)
 
 
-def closing(*descriptors: int) -> Any:
-    def close() -> None:
-        for descriptor in descriptors:
-            os.close(descriptor)
+def closing(descriptors: tuple[int, ...], words: list[str]) -> list[str]:
+    """The command, run with these file descriptors closed.
 
-    return close
+    A shell closes them: a `preexec_fn` forks the interpreter, which aborts if gRPC is busy in another thread.
+    """
+    return ["sh", "-c", " ".join(['exec "$0" "$@"', *(f"{each}>&-" for each in descriptors)]), *words]
 
 
 def train(server: ServerProcess, text: Path, until: int, *arguments: object) -> list[object]:
@@ -115,7 +117,7 @@ def test_closed_file_descriptors_do_not_affect_training(
     server: ServerProcess, text: Path, tmp_path: Path, closed: tuple[int, ...]
 ) -> None:
     until, metrics = step(server) + 2, tmp_path / "metrics.jsonl"
-    done = command(*train(server, text, until, "--metrics", metrics), preexec_fn=closing(*closed))
+    done = command(*train(server, text, until, "--metrics", metrics), closed=closed)
     assert (done.returncode, step(server)) == (0, until)
     if 1 not in closed:
         assert done.stdout.startswith(f"step {until}".encode())
@@ -312,7 +314,7 @@ def test_server_commands_survive_closed_and_full_output(tmp_path: Path) -> None:
         done = command(*verify, env={**os.environ, "PYTHONIOENCODING": "ascii"})
         assert (done.returncode, b"nothing is damaged" in done.stdout) == (0, True)
         assert command(*verify, stdout=writing, stderr=writing).returncode == 0
-        assert command("maskwire-server", "init", config, preexec_fn=closing(0, 1, 2)).returncode == 0
+        assert command("maskwire-server", "init", config, closed=(0, 1, 2)).returncode == 0
         with Path("/dev/full").open("w") as full:
             done = command(*verify, "--json", stdout=full)
         assert done.returncode == 7
@@ -329,9 +331,8 @@ def test_a_server_keeps_serving_after_its_output_is_closed(tmp_path: Path, text:
              "--set", "model.mask_id=256", "--set", "serve.threads=1"]  # fmt: skip
     socket = tmp_path / "socket"
     arguments = ["serve", "--run-dir", tmp_path / "run", "--address", f"unix:{socket}", *flags]
-    process = subprocess.Popen(
-        [str(BIN / "maskwire-server"), *map(str, arguments)], stdout=subprocess.PIPE, preexec_fn=closing(2)
-    )
+    words = [str(BIN / "maskwire-server"), *map(str, arguments)]
+    process = subprocess.Popen(closing((2,), words), stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         assert b"listening on" in process.stdout.readline()

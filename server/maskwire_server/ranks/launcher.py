@@ -103,7 +103,7 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             [*command, "-m", "maskwire_server", *arguments],
             env=environment,
             start_new_session=True,  # Ctrl-C reaches only this process
-            preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),
+            preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),  # noqa: PLW1509 - there are no threads here
         )
         (Path(folder) / _AGENT).write_text(str(launcher.pid))
         follows = environment.get(LEADER) == "0"
