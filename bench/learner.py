@@ -8,9 +8,10 @@ ARM is one of:
   uncorrected, training makes the model worse;
 - `bernoulli`: the loop of LLaDA and dLLM: each token is masked with probability t, and its loss weighs 1/t.
 
-All begin with the same weights, see the same batches in the same order, use the same optimizer, have the same
-evaluator, and train for the same seconds. Evaluations are not counted. The learning rate rises over the first
-5% of the seconds and then falls as half a cosine to 0.
+All have the recipe that was the best over 15 minutes (docs/recipe.md): 4 blocks of width 96, and Muon. They
+begin with the same weights, see the same batches in the same order, have the same evaluator, and train for
+the same seconds. Evaluations are not counted. The learning rate rises over the first 5% of the seconds and
+then falls as half a cosine to 0.
 """
 
 from __future__ import annotations
@@ -38,14 +39,19 @@ from maskwire_server.results import EvalOptions
 from maskwire_server.training import evaluation, optimizers
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.head import Head
+from maskwire_server.training.models.x_transformers_export import encoder_options, wrapper_options
 from maskwire_server.training.models.x_transformers_import import import_state_dict
 from maskwire_server.training.ranks_interface import Ranks
 from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.trainer import TorchTrainer
 
-ROWS, COLUMNS, HELD_OUT, POINTS = 32, 128, 0.05, 10
-MODEL = {"num_tokens": 257, "mask_id": 256, "max_seq_len": COLUMNS, "dim": 128, "depth": 3, "heads": 2}
-RATE = 2e-3
+ROWS, COLUMNS, HELD_OUT, POINTS = 16, 128, 0.05, 10
+MODEL = config.ModelConfig(
+    num_tokens=257, mask_id=256, max_seq_len=COLUMNS, dim=96, depth=4, heads=3, dim_head=32,
+    positions="rotary", norm="rmsnorm", qk_norm=True, qk_norm_gain="per_head",
+)  # fmt: skip
+RATE = 8e-3
+"""The best of 2e-3, 4e-3 and 8e-3 after a minute, for every arm."""
 EVAL_ROWS, EVAL_DRAWS = 64, 16
 SMALLEST_TIME = 1e-3
 """The smallest t of `bernoulli`, as in dLLM: 1/t is then at most 1,000."""
@@ -67,13 +73,14 @@ def main() -> None:
     is_ours = chosen.arm in ("linear", "quadratic")
     whole = config.load(
         None,
-        model=MODEL,
+        model=MODEL.model_dump(exclude_unset=True),
         objective={"schedule": chosen.arm if is_ours else "linear"},
+        optimizer={"name": "muon"},
         serve={"threads": 1},  # several run at once
         run={"seed": chosen.seed},
     )
     trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, chosen.seed)
-    begin = import_state_dict(wrapper.state_dict(), config.ModelConfig(mask_id=256), whole.objective)
+    begin = import_state_dict(wrapper.state_dict(), whole.model, whole.objective)
     trainer.adopt(begin.weights)
     networks = trainer.networks if is_ours else Foreign(wrapper.net)
     train = ours_step(trainer)
@@ -110,10 +117,9 @@ def peer(seed: int) -> Any:
         from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
     torch.manual_seed(seed)
     random.seed(seed)
-    layers = x_transformers.Encoder(
-        dim=MODEL["dim"], depth=MODEL["depth"], heads=MODEL["heads"], attn_flash=True
-    )
-    net = x_transformers.TransformerWrapper(num_tokens=257, max_seq_len=COLUMNS, attn_layers=layers)
+    layers = x_transformers.Encoder(**encoder_options(MODEL), attn_flash=True)
+    net = x_transformers.TransformerWrapper(**wrapper_options(MODEL), attn_layers=layers)
+    net.blocks = [layer[1] for layer in layers.layers]  # Muon trains their matrices
     wrapper: Any = NonAutoregressiveWrapper(net, mask_id=256, no_replace_prob=0.0, random_token_prob=0.0)
     wrapper.loss_weight_fn = lambda times: 1 / (1 - times).clamp(min=1 / COLUMNS)
     return wrapper
@@ -156,7 +162,7 @@ def bernoulli_loss(net: Any, ids: Tensor) -> Tensor:
     """The loss of masking each token with probability t, t uniform per row (LLaDA, arXiv 2502.09992)."""
     times_b1 = SMALLEST_TIME + (1 - SMALLEST_TIME) * torch.rand(len(ids), 1)
     masked_bn = torch.rand(ids.shape) < times_b1
-    logits_bnv = net(torch.where(masked_bn, MODEL["mask_id"], ids))
+    logits_bnv = net(torch.where(masked_bn, MODEL.mask_id, ids))
     losses_m = F.cross_entropy(logits_bnv[masked_bn], ids[masked_bn], reduction="none")
     return (losses_m / times_b1.expand_as(ids)[masked_bn]).sum() / ids.numel()
 
@@ -174,7 +180,7 @@ def peer_step(
     wrapper: Any, loss_of: Callable[[Tensor], Tensor], settings: config.OptimizerConfig
 ) -> TrainStep:
     """A training step on x-transformers' network, with the same settings of the same optimizer."""
-    group = optimizers.Group(wrapper, settings, fused=True)
+    group = optimizers.Group(wrapper.net, settings, fused=True)
 
     def step(_: int, ids: npt.NDArray[np.uint8], rate: float) -> None:
         torch.autograd.backward(loss_of(torch.from_numpy(ids.astype(np.int64))))
