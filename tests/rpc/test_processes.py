@@ -49,12 +49,16 @@ PRELUDE = """
 """
 
 
-def run(server: ServerProcess, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program beside a server, whose address and process id it is told."""
+def run(server: ServerProcess, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a program beside a server, whose address and process id it is told.
+
+    During a call, gRPC's own fork handlers can crash a child before Python runs (docs/client.md).
+    """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(script),
          server.address, str(server.process.pid)],
-        capture_output=True, text=True, timeout=SECONDS, check=False, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+        env={**os.environ, "GRPC_ENABLE_FORK_SUPPORT": "0"},
     )  # fmt: skip
 
 
@@ -199,8 +203,7 @@ def test_an_asyncio_iterator_begun_before_a_fork_ends_in_the_child_alone(serve: 
             await client.close()
 
         asyncio.run(main())
-    """, GRPC_ENABLE_FORK_SUPPORT="0")  # fmt: skip
-    # With gRPC's own fork handlers the child can crash in them before Python runs (docs/client.md).
+    """)  # fmt: skip
     assert done.stdout.splitlines() == ["generate_steps FORKED True True", "True"], done.stderr
 
 
