@@ -160,18 +160,6 @@ def test_a_wait_is_reported_without_the_lock_so_that_the_callback_may_use_the_tr
         assert [future.result(20).step for future in submitted] == [2]
 
 
-def test_every_call_has_a_deadline(script: Script) -> None:
-    seen: list[float] = []
-
-    def note(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
-        seen.append(context.time_remaining() or 0)
-
-    script.before = [note]
-    with connect(script, timeout=7.0) as trainer:
-        trainer.train_step(TOKENS)
-    assert 0 < seen[0] < 7.5
-
-
 def test_a_closed_trainer_says_so(script: Script) -> None:
     trainer = connect(script)
     trainer.close()
