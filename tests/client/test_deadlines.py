@@ -35,7 +35,7 @@ class Server(Script):
         return pb.ListCheckpointsResponse(checkpoints=[pb.CheckpointInfo(name="a")])
 
 
-class Deadlines(grpc.ServerInterceptor):  # type: ignore[misc]
+class Deadlines(grpc.ServerInterceptor):
     """Records the deadlines of the calls that arrive. Whatever the scripted server lacks is UNIMPLEMENTED."""
 
     def __init__(self) -> None:
