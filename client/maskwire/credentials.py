@@ -13,14 +13,13 @@ import grpc
 
 from maskwire.arguments import check_flag, check_str
 from maskwire.target import check_target
+from maskwire.v1.keepalive import KEEPALIVE_OPTIONS
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    *KEEPALIVE_OPTIONS,
 ]
 
 

@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.keepalive import KEEPALIVE_OPTIONS
 from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
@@ -24,6 +25,8 @@ from maskwire_server.rpc.service import TrainingService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
 LIVENESS = "liveness"
+_KEEPALIVE = [*KEEPALIVE_OPTIONS, ("grpc.http2.min_ping_interval_without_data_ms", 15_000)]
+"""Clients may ping every 15 s, also while no call is in progress."""
 _EXTRA_WORKERS = 16  # so that a worker is free to refuse calls when the queue is full
 
 
@@ -68,10 +71,7 @@ class Server:
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail instead of sharing it
                 ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
-                # Clients may ping every 15 s, even if no call is in progress.
-                ("grpc.http2.min_ping_interval_without_data_ms", 15_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 15_000),
-                ("grpc.keepalive_permit_without_calls", 1),
+                *_KEEPALIVE,
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
