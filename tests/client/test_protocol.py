@@ -263,9 +263,13 @@ def state(step: int, *, done: bool = False) -> pb.GenerateResponse:
     return pb.GenerateResponse(tokens=encode_batch([[step]]), unmasking_step=step, done=done)
 
 
-def operation(*replies: Any) -> tuple[list[Any], Any]:
-    """What a generation does and gives when it meets these replies, and the error that ends it."""
-    asking = Calls("there", RetryPolicy(), lambda _: None, lambda: 0.0)
+def operation(*replies: Any, seconds: float = 0.0) -> tuple[list[Any], Any]:
+    """What a generation does and gives when it meets these replies, and the error that ends it.
+
+    Each reply comes after `seconds`.
+    """
+    now = 0.0
+    asking = Calls("there", RetryPolicy(), lambda _: None, lambda: now)
     asked = asking.generate_steps(None, count=1)
     found: list[Any] = []
     left = list(replies)
@@ -276,6 +280,7 @@ def operation(*replies: Any) -> tuple[list[Any], Any]:
             if not isinstance(effect, Notify):
                 found.append(effect.value.unmasking_step if isinstance(effect, Emit) else type(effect))
             reply = left.pop(0) if isinstance(effect, Receive) else None
+            now += seconds if isinstance(effect, Receive) else 0.0
     except StopIteration:
         return found, None
     except UnavailableError as error:
@@ -293,6 +298,15 @@ def test_a_generation_is_asked_for_again_only_while_nothing_came() -> None:
     found, error = operation(state(1), None)
     assert found == [Receive, 1, Receive]
     assert "ended the generation" in error
+
+
+def test_a_generation_that_breaks_after_a_long_time_is_asked_for_once_more() -> None:
+    """How long the server computed before it vanished does not count as time in which it did not answer."""
+    lost = failing()
+    assert operation(lost, state(1, done=True), seconds=1000.0) == ([Receive, Pause, Receive, 1], None)
+    found, error = operation(lost, lost, state(1, done=True), seconds=1000.0)
+    assert found == [Receive, Pause, Receive]
+    assert "after 300 s: no" in error
 
 
 def train(writer: Writer, pending: PendingStep) -> Operation[StepResult]:

@@ -47,6 +47,14 @@ class RetryPolicy:
             return min(self.attempt_timeout, max(1.0, self.retry_for))
         return self.attempt_timeout
 
+    def was_computed(self, method: str, seconds: float) -> bool:
+        """Whether the server computed for most of an attempt that broke after `seconds`.
+
+        The caller's time limit for retries is then no measure of how long the server has been gone. Only a
+        call without a deadline can last that long.
+        """
+        return self.timeout(method) == _MAX_SECONDS and seconds > self.retry_for
+
     def wait(
         self, failure: Failure, attempt: int, elapsed: float, jitter: Callable[[], float] = random.random
     ) -> float | None:
