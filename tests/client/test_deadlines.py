@@ -48,7 +48,7 @@ class Deadlines(grpc.ServerInterceptor):
         behaviour = getattr(handler, kind)
 
         def recorded(request: Any, context: grpc.ServicerContext) -> Any:
-            self.seen[method] = min(context.time_remaining() or 0.0, FOREVER)  # None: no deadline
+            self.seen[method] = min(context.time_remaining() or 0.0, FOREVER)
             return behaviour(request, context)
 
         return handler._replace(**{kind: recorded})
@@ -109,4 +109,4 @@ def check(deadlines: Deadlines) -> None:
     methods = {method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods}
     assert deadlines.seen.keys() == methods - {"KeepTokenizer"}, "which fit alone calls"
     for method, seconds in deadlines.seen.items():
-        assert 0 < seconds <= SECONDS[method] + 0.1, method  # 0: the call had none
+        assert 0 < seconds <= SECONDS[method] + 0.1, method
