@@ -78,11 +78,11 @@ class RetriedCalls:
 
         With `stream`, returns a `Stream` and its first message. `order` determines when each attempt may be
         sent. `progress` returns how many bytes of a download have arrived: an attempt that makes progress
-        restarts the time limit for retries. So does, once, an attempt without a deadline that breaks after a
-        long computation. `began` is the time at which the operation that includes this call began.
+        restarts the time limit for retries. An attempt for which `RetryPolicy.restarts_limit` is true restarts
+        it once. `began` is the time at which the operation that includes this call began.
         """
         began, attempt, reported = self._clock() if began is None else began, 0, ""
-        restarted = False  # at most once: the computation may be what ends the server
+        restarted = False  # only once, because the call itself may crash the server each time
         answered: tuple[MaskwireError, float] | None = None  # the server's own last error, and when it came
         while True:
             if order:
@@ -114,7 +114,7 @@ class RetriedCalls:
                 answered = error, self._clock()
             if reply.unresolved and not self._reached:
                 raise error
-            if not restarted and self._policy.was_computed(method, self._clock() - sent):
+            if not restarted and self._policy.restarts_limit(method, self._clock() - sent):
                 began, attempt, restarted = self._clock(), 0, True
             if progress() != before:
                 began, attempt = self._clock(), 0

@@ -11,6 +11,8 @@ from maskwire.arguments import check_real
 from maskwire.errors import Failure, MaskwireError, UnavailableError
 
 _MAX_SECONDS = 1e7  # gRPC accepts no infinite deadline
+_CONNECTED_AFTER = 60.0  # seconds after which an attempt that is still running has reached the server
+_CALLS_WITHOUT_DEADLINE = {"Generate"}  # may take thousands of passes; keepalive detects a vanished server
 # The server restarts these calls from the beginning when a deadline ends one, so their deadline is long.
 _LONG_CALLS = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}
 _SHORT_CALLS = {"GetStatus", "ListCheckpoints", "ListSteps"}
@@ -39,7 +41,7 @@ class RetryPolicy:
 
     def timeout(self, method: str) -> float:
         """Return the deadline of one attempt to call a method of the service, in seconds."""
-        if method == "Generate":  # may take thousands of passes; keepalive detects a dead server
+        if method in _CALLS_WITHOUT_DEADLINE:
             return _MAX_SECONDS
         if method in _LONG_CALLS:
             return max(self.attempt_timeout, self.retry_for)
@@ -47,13 +49,13 @@ class RetryPolicy:
             return min(self.attempt_timeout, max(1.0, self.retry_for))
         return self.attempt_timeout
 
-    def was_computed(self, method: str, seconds: float) -> bool:
-        """Whether the server computed for most of an attempt that broke after `seconds`.
+    def restarts_limit(self, method: str, seconds: float) -> bool:
+        """Whether the time limit for retries starts again after an attempt that failed after `seconds`.
 
-        The caller's time limit for retries is then no measure of how long the server has been gone. Only a
-        call without a deadline can last that long.
+        It does for a call without a deadline that lasted longer than the limit, because the server was
+        computing during that time. Shorter attempts may have failed to connect, which takes up to 20 s.
         """
-        return self.timeout(method) == _MAX_SECONDS and seconds > self.retry_for
+        return method in _CALLS_WITHOUT_DEADLINE and seconds > max(self.retry_for, _CONNECTED_AFTER)
 
     def wait(
         self, failure: Failure, attempt: int, elapsed: float, jitter: Callable[[], float] = random.random
