@@ -120,7 +120,9 @@ def peer(seed: int) -> Any:
     layers = x_transformers.Encoder(**encoder_options(MODEL), attn_flash=True)
     net = x_transformers.TransformerWrapper(**wrapper_options(MODEL), attn_layers=layers)
     net.blocks = [layer[1] for layer in layers.layers]  # Muon trains their matrices
-    wrapper: Any = NonAutoregressiveWrapper(net, mask_id=256, no_replace_prob=0.0, random_token_prob=0.0)
+    wrapper: Any = NonAutoregressiveWrapper(
+        net, mask_id=MODEL.mask_id, no_replace_prob=0.0, random_token_prob=0.0
+    )
     wrapper.loss_weight_fn = lambda times: 1 / (1 - times).clamp(min=1 / COLUMNS)
     return wrapper
 
@@ -198,7 +200,7 @@ def bits(networks: Any, ids: Tensor) -> float:
         found = evaluation.evaluate(
             networks,
             config.ObjectiveConfig(),
-            Vocabulary(257, 256, None),
+            Vocabulary.of(MODEL),
             TensorBatch(ids, every, ~every),
             EvalOptions(tuple(range(len(ids))), EVAL_DRAWS, 0),
             budget=2**14,

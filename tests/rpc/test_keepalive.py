@@ -1,4 +1,4 @@
-"""A side that vanishes without closing its connection, as after a loss of power, is noticed by the other."""
+"""Client and server notice that the other side has vanished without closing its connection."""
 
 from __future__ import annotations
 
@@ -20,17 +20,32 @@ from maskwire.credentials import Endpoint
 from maskwire_server.rpc import server
 
 PING, ACK, PREFACE, HEADER = 6, 1, 24, 9  # RFC 9113
-FASTER = 60  # pings come so many times as often; gRPC sends one a second at most
-SOONER = 5  # answers are due so many times as soon: 4 s are enough on a busy machine
+INTERVAL_DIVISOR = 60  # of the intervals between pings; gRPC sends one per second at most
+TIMEOUT_DIVISOR = 5  # of the timeouts: 4 s are enough on a busy machine
 
 
-def faster(options: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    factors = {name: SOONER if "timeout" in name else FASTER for name, _ in options if name.endswith("_ms")}
-    return [(name, value // factors.get(name, 1)) for name, value in options]
+def shortened(options: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The options with intervals and timeouts that a test can wait for."""
+
+    def divisor(name: str) -> int:
+        if not name.endswith("_ms"):
+            return 1
+        return TIMEOUT_DIVISOR if "timeout" in name else INTERVAL_DIVISOR
+
+    return [(name, value // divisor(name)) for name, value in options]
+
+
+def take_pings(received: bytearray) -> int:
+    """Remove the complete HTTP/2 frames from the received bytes; return how many of them were pings."""
+    count = 0
+    while len(received) >= (size := HEADER + int.from_bytes(received[:3], "big")):
+        count += received[3] == PING and not received[4] & ACK
+        del received[:size]
+    return count
 
 
 class BlackHole:
-    """A TCP proxy that counts the pings of each side, and can stop passing bytes on."""
+    """A TCP proxy that counts the pings of each side, and forwards nothing once `closed` is set."""
 
     def __init__(self, port: int) -> None:
         self.pings: Counter[str] = Counter()
@@ -45,29 +60,19 @@ class BlackHole:
         client, _ = self._listener.accept()
         upstream = socket.create_connection(("127.0.0.1", self._port))
         self._sockets += client, upstream
-        for source, sink, name, skip in (
-            (client, upstream, "client", PREFACE),
-            (upstream, client, "server", 0),
-        ):
-            threading.Thread(target=self._pass_on, args=(source, sink, name, skip), daemon=True).start()
+        preface = client.recv(PREFACE, socket.MSG_WAITALL)
+        upstream.sendall(preface)
+        for arguments in ((client, upstream, "client"), (upstream, client, "server")):
+            threading.Thread(target=self._forward, args=arguments, daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, sink: socket.socket, name: str, skip: int) -> None:
-        pending = bytearray()
+    def _forward(self, source: socket.socket, sink: socket.socket, name: str) -> None:
+        received = bytearray()
         with contextlib.suppress(OSError):  # one side has closed its connection
             while data := source.recv(2**16):
-                if self.closed.is_set():
-                    continue
-                sink.sendall(data)
-                pending += data
-                if skip and len(pending) >= skip:
-                    del pending[:skip]
-                    skip = 0
-                while not skip and len(pending) >= HEADER:
-                    size = HEADER + int.from_bytes(pending[:3], "big")
-                    if len(pending) < size:
-                        break
-                    self.pings[name] += pending[3] == PING and not pending[4] & ACK
-                    del pending[:size]
+                if not self.closed.is_set():
+                    sink.sendall(data)
+                    received += data
+                    self.pings[name] += take_pings(received)
 
     def close(self) -> None:
         for each in self._sockets:
@@ -92,7 +97,7 @@ class Held(grpc.GenericRpcHandler):  # type: ignore[misc]
 @pytest.fixture
 def held() -> Iterator[tuple[Held, int]]:
     handler = Held()
-    serving = grpc.server(futures.ThreadPoolExecutor(1), [handler], options=faster(server._KEEPALIVE))
+    serving = grpc.server(futures.ThreadPoolExecutor(1), [handler], options=shortened(server._KEEPALIVE))
     port = serving.add_insecure_port("127.0.0.1:0")
     serving.start()
     yield handler, port
@@ -100,17 +105,19 @@ def held() -> Iterator[tuple[Held, int]]:
     serving.stop(0).wait()
 
 
-def test_a_long_call_ends_on_both_sides_when_nothing_arrives_any_more(
+def test_a_long_call_ends_on_both_sides_when_the_other_side_vanishes(
     held: tuple[Held, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By default gRPC gives up after two pings without data: the call would wait until its deadline."""
     handler, port = held
-    monkeypatch.setattr(credentials, "_CHANNEL_OPTIONS", faster(credentials._CHANNEL_OPTIONS))
+    monkeypatch.setattr(credentials, "_CHANNEL_OPTIONS", shortened(credentials._CHANNEL_OPTIONS))
     hole = BlackHole(port)
     with Endpoint.of(hole.target).channel() as channel:
         call = channel.unary_unary("/any/method").future(b"", timeout=10 * WAIT)
         deadline = time.monotonic() + WAIT
-        while min(hole.pings["client"], hole.pings["server"]) < 6:  # the third that is too early is refused
+        while (
+            min(hole.pings["client"], hole.pings["server"]) < 6
+        ):  # a server that forbids pings refuses the third
             assert time.monotonic() < deadline, f"no more pings after {dict(hole.pings)}"
             time.sleep(0.05)
         assert not call.done(), "pings are allowed, however many"

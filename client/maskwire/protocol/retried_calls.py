@@ -78,8 +78,8 @@ class RetriedCalls:
 
         With `stream`, returns a `Stream` and its first message. `order` determines when each attempt may be
         sent. `progress` returns how many bytes of a download have arrived: an attempt that makes progress
-        restarts the time limit for retries. An attempt for which `RetryPolicy.restarts_limit` is true restarts
-        it once. `began` is the time at which the operation that includes this call began.
+        restarts the time limit for retries. So does, once, an attempt for which `RetryPolicy.restarts_limit`
+        is true. `began` is the time at which the operation that includes this call began.
         """
         began, attempt, reported = self._clock() if began is None else began, 0, ""
         restarted = False  # only once, because the call itself may crash the server each time
