@@ -309,6 +309,17 @@ def test_a_generation_that_breaks_after_a_long_time_is_asked_for_once_more() -> 
     assert "after 300 s: no" in error
 
 
+@pytest.mark.parametrize(
+    ("method", "seconds", "restarts"),
+    [("Generate", 61.0, True), ("Generate", 20.0, False), ("EvalLoss", 1000.0, False)],
+)
+def test_only_a_generation_that_reached_the_server_restarts_the_limit(
+    method: str, seconds: float, restarts: bool
+) -> None:
+    """An attempt of 20 s may have failed to connect."""
+    assert RetryPolicy(retry_for=1.0).restarts_limit(method, seconds) is restarts
+
+
 def train(writer: Writer, pending: PendingStep) -> Operation[StepResult]:
     """What a client does with a step."""
     yield from writer.enter(pending)
